@@ -1,0 +1,332 @@
+"""The schema: every key with its default and meaning, how a command line is read, and what is refused.
+
+`default()` is what configs/*.py start from. `load(argv)` reads `--config=FILE[:ARG]` and `--config.key=value` overrides
+and returns a checked ConfigDict; a mistake is a UserError that names the key. After this the code sees plain arguments.
+Durations are strings: '60 epochs', '5000 steps', '1e6 examples'; where they divide a whole, also '10 %'.
+"""
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from pwkd_jax import distillers, models, slimmable, stages
+from pwkd_jax.errors import UserError
+
+
+def _optimizer() -> ConfigDict:
+    return ConfigDict({
+        "name": "sgd",  # sgd or adamw
+        "momentum": 0.9,  # adamw: beta1
+        "nesterov": False,
+        "weight_decay": 5e-4,
+        "decay": "all",  # all, or kernels: arrays of two or more axes, so neither batch norm nor biases
+        "clip_norm": 0.0,  # of the global gradient; 0 is off
+    })  # fmt: skip
+
+
+def _schedule(peak: float) -> ConfigDict:
+    return ConfigDict({
+        "form": "cosine",  # cosine, step, triangular, one_cycle or constant
+        "peak": peak,  # the highest learning rate
+        "floor": 0.0,  # cosine and triangular: the lowest, as a fraction of the peak
+        "milestones": (0.625, 0.75, 0.875),  # step: fractions of the cycle; 150, 180 and 210 of 240 epochs
+        "factor": 0.1,  # step: multiplies at each milestone
+        "warmup": "0 epochs",  # linear, at the start of every cycle
+    })  # fmt: skip
+
+
+def default() -> ConfigDict:
+    """A new ConfigDict with every key. Locked: a key that is not here cannot be set."""
+    config = ConfigDict()
+    config.name = "experiment"  # shown in the report
+    config.seed = 0  # the teacher's; students use seed, seed + 1, ...
+    config.seeds = 3  # students per arm
+    config.arms = ("alone", "kd_whole", "kd_whole_cyclic", "pwkd")  # see stages.ARMS
+
+    config.data = ConfigDict({
+        "name": "digits",  # scikit-learn's digits, or any TFDS image classification set
+        "data_dir": "",  # where TFDS sets lie; '' is TFDS's own default, ~/tensorflow_datasets
+        "train_split": "train",  # TFDS slicing: train[:5000]
+        "test_split": "test",
+        "num_classes": 0,  # 0: as the data set says; otherwise it must agree
+        "crop_padding": 0,  # random crop after zero padding by so many pixels
+        "flip": False,  # random horizontal flip
+        "mean": (),  # per channel, of pixels in [0, 1]; (): measured
+        "std": (),
+    })  # fmt: skip
+
+    # Table A of the algorithm: the decomposable teacher.
+    config.teacher = ConfigDict({
+        "model": "resnet20",  # see models.create; or module:Name
+        "widths": (0.25, 0.5, 0.75, 1.0),  # the sub-networks
+        "divisor": 0,  # channels: 0 exact, otherwise rounded to multiples
+        "zero_gamma": False,  # last batch-norm scale of each block starts at 0
+        "execution": "take",  # take: sliced; mask: full shapes with zeros. Equal results
+        "sampling": "all",  # all widths every step; sandwich: widest, narrowest and drawn ones
+        "subnetworks": 4,  # sandwich: how many a step
+        "pool": (),  # sandwich: further widths that may be drawn
+        "loss": "hard",  # of all but the widest: hard labels, inplace or inplace_mix
+        "reduction": "sum",  # of the sub-networks' losses: sum or mean
+        "batch_norm": "switchable",  # switchable, private_stats or shared
+        "duration": "240 epochs",
+        "batch_size": 64,
+    })  # fmt: skip
+    config.teacher.calibration = ConfigDict({
+        "images": 0,  # measure batch-norm statistics anew on so many training images; 0: keep the running ones
+        "batch_size": 256,
+        "seed": 0,
+    })  # fmt: skip
+    config.teacher.optimizer = _optimizer()
+    config.teacher.schedule = _schedule(0.05)
+
+    # Table B: the student and its stages.
+    config.student = ConfigDict({
+        "model": "resnet8",
+        "width": 1.0,
+        "widths": (),  # the stages' teacher widths in order; (): the teacher's, narrow to wide
+        "duration": "240 epochs",  # of all stages together (see budget); the controls get the same
+        "budget": "total",  # total: the stages share the duration; per_stage: each has all of it
+        "stage_shares": (),  # relative lengths, e.g. (30, 30, 60, 120); (): equal
+        "reset": (),  # at stage starts: momentum, batch_norm, weights; the rest carries over
+        "connectors": "leading",  # a distiller's parameters at a new width: leading block, or reinit
+        "same_crop": True,  # the teacher sees the student's augmented images
+        "ensemble": 2,  # stage-end snapshots in the extra row of the results
+        "batch_size": 64,
+    })  # fmt: skip
+    config.student.distiller = ConfigDict({"name": "kd", **distillers.fields("kd")})
+    config.student.optimizer = _optimizer()
+    config.student.schedule = _schedule(0.05)
+    config.student.schedule.cycles = "per_stage"  # of kd_whole_cyclic and the pwkd arms; or single
+    config.student.schedule.peak_decay = 1.0  # each cycle's peak is the last one's times this
+    config.student.schedule.single_form = ""  # form of the controls' one cycle; '': the same form
+
+    config.evaluation = ConfigDict({"every": "1 epoch", "batch_size": 512})
+    config.checkpoint = ConfigDict({"every": "10 %"})  # of the teacher's or the student's run; stage ends always
+    config.log = ConfigDict({"every": "50 steps", "tensorboard": True})
+    return config.lock()
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+# Reading.
+
+
+def load(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+    """(checked config, remaining arguments) of a command line without the program's name.
+
+    `--config=configs/digits.py:arg` calls that file's get_config('arg'); `--config.a.b=value` overrides a key.
+    """
+    paths = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
+    overrides = [a for a in argv if a.startswith(("--config.", "--noconfig."))]
+    rest = [a for a in argv if not a.startswith(("--config=", "--config.", "--noconfig."))]
+    if len(paths) != 1 or not paths[0]:
+        raise UserError("give one config file, as in --config=configs/digits.py")
+    config = _complete(_from_file(paths[0]), overrides, paths[0])
+    known = dict(leaves(config))
+    for override in overrides:
+        key = override.partition("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.")
+        if key not in known:
+            raise UserError(f"--config.{key}: {_unknown(key, config)}")
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["train", *overrides])
+        values(["train", *overrides])
+    except (flags.Error, ValueError, TypeError) as e:
+        named = next((o for o in overrides if o in str(e)), overrides[-1])
+        key = named.partition("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.")
+        raise UserError(f"{named}: the key takes {_kind(known[key])}, as in --config.{key}={known[key]!r}") from e
+    config = _normalise(values.config)
+    check(config)
+    return config, rest
+
+
+def _from_file(spec: str) -> ConfigDict:
+    path, _, arg = spec.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--config: there is no file '{path}'")
+    module_spec = importlib.util.spec_from_file_location("config_file", path)
+    if module_spec is None:
+        raise UserError(f"--config: '{path}' is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    dont_write, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(arg) if arg else module.get_config()
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"--config: '{spec}' fails with {type(e).__name__}: {str(e).strip().splitlines()[0]}") from e
+    finally:
+        sys.dont_write_bytecode = dont_write
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: get_config of '{path}' should return a ConfigDict, not {type(config).__name__}")
+    return config
+
+
+def _complete(given: ConfigDict, overrides: Sequence[str], source: str) -> ConfigDict:
+    """The defaults with `given` written over them, key by key; distiller keys are those of the distiller named."""
+    name = given.get("student", {}).get("distiller", {}).get("name", "kd")
+    chosen = [o.partition("=")[2] for o in overrides if o.startswith("--config.student.distiller.name=")]
+    config = default().unlock()
+    config.student.distiller = ConfigDict({"name": (chosen or [name])[-1], **distillers.fields((chosen or [name])[-1])})
+    known = dict(leaves(config))
+    for key, value in leaves(given):
+        if chosen and key.startswith("student.distiller."):
+            continue  # another distiller was asked for: the file's options belong to its own
+        if key not in known:
+            raise UserError(f"{source}: {_unknown(key, config)}")
+        if isinstance(value, list):
+            value = tuple(value)
+        if type(value) is int and type(known[key]) is float:
+            value = float(value)
+        if type(value) is not type(known[key]):
+            raise UserError(f"{source}: {key} takes {_kind(known[key])}, as in {known[key]!r}, not {value!r}")
+        config.update_from_flattened_dict({key: value})
+    return config.lock()
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}
+    return kinds[type(value)]
+
+
+def _unknown(key: str, config: ConfigDict) -> str:
+    known = dict(leaves(config))
+    inside = sorted(k for k in known if k.startswith(f"{key}."))
+    if inside:
+        return f"'{key}' is a group of keys; set one of them, as in {inside[0]}"
+    # Word by word: first the nearest group, then the nearest of its keys; people say lr for the schedule's peak.
+    words = [{"lr": "peak", "learning_rate": "peak", "epochs": "duration", "steps": "duration"}.get(w, w)
+             for w in key.split(".")]  # fmt: skip
+    groups = sorted({k.partition(".")[0] for k in known})
+    group = (difflib.get_close_matches(words[0], groups, 1, 0.7) or [""])[0]
+    inside = [k for k in known if k.startswith(f"{group}.") or k == group] if group else list(known)
+    last = {k.rpartition(".")[2]: k for k in reversed(inside)}
+    close = difflib.get_close_matches(words[-1], last, 1, 0.7)
+    if close:
+        return f"there is no key '{key}'; did you mean '{last[close[0]]}'?"
+    return f"there is no key '{key}'; known are {', '.join(inside if group else groups)}"
+
+
+def _normalise(config: ConfigDict) -> ConfigDict:
+    """Lists of names may be written with commas; an empty string in a list is no entry."""
+    for key, value in list(leaves(config)):
+        if isinstance(value, tuple) and any(isinstance(v, str) for v in value):
+            parts = tuple(p.strip() for v in value for p in str(v).split(",") if p.strip())
+            with config.unlocked():
+                config.update_from_flattened_dict({key: parts})
+    return config
+
+
+# Checking.
+
+
+def check(config: ConfigDict) -> None:
+    """Raise a UserError for the first value that cannot be, or contradicts another; compiles and reads nothing."""
+    c, t, s = config, config.teacher, config.student
+
+    def need(key: str, ok: bool, right: str) -> None:
+        if not ok:
+            value = dict(leaves(config))[key]
+            raise UserError(f"{key}: {value!r} is not possible; it should be {right}")
+
+    def one_of(key: str, values: Sequence[str]) -> None:
+        need(key, dict(leaves(config))[key] in values, "one of " + ", ".join(v or "''" for v in values))
+
+    def numbers(key: str) -> None:
+        values = dict(leaves(config))[key]
+        need(key, all(type(v) in (int, float) for v in values), "a list of numbers, as in (0.5,1.0)")
+
+    need("seeds", c.seeds >= 1, "at least 1")
+    need("seed", 0 <= c.seed < 2**31, "between 0 and 2^31 - 1")
+    need("arms", bool(c.arms) and len(set(c.arms)) == len(c.arms), "a list of different arms")
+    for arm in c.arms:
+        need("arms", arm in stages.ARMS, "from " + ", ".join(stages.ARMS))
+    need("data.num_classes", c.data.num_classes >= 0, "0 (as the data set says) or its number of classes")
+    need("data.crop_padding", c.data.crop_padding >= 0, "0 or more pixels")
+    for key in ("data.mean", "data.std", "teacher.widths", "teacher.pool", "student.widths", "student.stage_shares",
+                "teacher.schedule.milestones", "student.schedule.milestones"):  # fmt: skip
+        numbers(key)
+    need("data.std", all(v > 0 for v in c.data.std) and len(c.data.std) == len(c.data.mean),
+         "one number above 0 for each channel, given together with data.mean")  # fmt: skip
+
+    for key, widths in (("teacher.widths", t.widths), ("teacher.pool", t.pool)):
+        need(key, all(0 < w <= 1 for w in widths) and len(set(widths)) == len(widths), "different widths in (0, 1]")
+    need("teacher.widths", bool(t.widths), "at least one width")
+    one_of("teacher.execution", ("take", "mask"))
+    one_of("teacher.sampling", ("all", "sandwich"))
+    one_of("teacher.loss", ("hard", "inplace", "inplace_mix"))
+    one_of("teacher.reduction", ("sum", "mean"))
+    one_of("teacher.batch_norm", slimmable.BATCH_NORMS)
+    need("teacher.divisor", t.divisor >= 0, "0 (exact) or the number that channels should be multiples of")
+    need("teacher.subnetworks", t.subnetworks >= 2, "at least 2: the widest and the narrowest")
+    need("teacher.loss", len(t.widths) > 1 or t.loss == "hard", "'hard' where teacher.widths has a single width")
+    need("teacher.sampling", len(t.widths) > 1 or t.sampling == "all", "'all' where teacher.widths has a single width")
+    need("teacher.pool", not t.pool or t.sampling == "sandwich", "() unless teacher.sampling is 'sandwich'")
+    need("teacher.pool", not t.pool or t.batch_norm != "switchable",
+         "() where teacher.batch_norm is 'switchable', which has no state for widths outside teacher.widths")  # fmt: skip
+    need("teacher.pool", all(min(t.widths) < w < max(t.widths) for w in t.pool), "between the ends of teacher.widths")
+    need("teacher.calibration.images", t.calibration.images >= 0, "0 (off) or a number of images")
+    need("teacher.calibration.batch_size", t.calibration.batch_size >= 1, "at least 1")
+    need("teacher.calibration.seed", t.calibration.seed >= 0, "0 or more")
+
+    one_of("student.budget", ("total", "per_stage"))
+    one_of("student.connectors", ("leading", "reinit"))
+    one_of("student.schedule.cycles", ("per_stage", "single"))
+    one_of("student.schedule.single_form", ("", *stages.CYCLES))
+    need("student.reset", set(s.reset) <= {"momentum", "batch_norm", "weights"}, "from momentum, batch_norm, weights")
+    need("student.widths", set(s.widths) <= set(t.widths), f"from teacher.widths, which are {t.widths}")
+    count = len(s.widths or t.widths)
+    need("student.stage_shares", not s.stage_shares or (len(s.stage_shares) == count and min(s.stage_shares) > 0),
+         f"() or {count} numbers above 0, one for each stage")  # fmt: skip
+    need("student.width", 0 < s.width <= 1, "in (0, 1]")
+    need("student.ensemble", s.ensemble >= 1, "at least 1")
+    need("student.schedule.peak_decay", s.schedule.peak_decay > 0, "above 0")
+
+    for who in ("teacher", "student"):
+        g = config[who]
+        o, r = g.optimizer, g.schedule
+        one_of(f"{who}.optimizer.name", ("sgd", "adamw"))
+        one_of(f"{who}.optimizer.decay", ("all", "kernels"))
+        need(f"{who}.optimizer.momentum", 0 <= o.momentum < 1, "in [0, 1)")
+        need(f"{who}.optimizer.nesterov", not o.nesterov or o.momentum > 0, "false where momentum is 0")
+        need(f"{who}.optimizer.weight_decay", o.weight_decay >= 0, "0 or more")
+        need(f"{who}.optimizer.clip_norm", o.clip_norm >= 0, "0 (off) or the largest norm")
+        one_of(f"{who}.schedule.form", stages.CYCLES)
+        need(f"{who}.schedule.peak", r.peak > 0, "above 0")
+        need(f"{who}.schedule.floor", 0 <= r.floor <= 1, "in [0, 1]")
+        need(f"{who}.schedule.factor", r.factor > 0, "above 0")
+        need(f"{who}.schedule.milestones", all(0 < m < 1 for m in r.milestones) and list(r.milestones) ==
+             sorted(set(r.milestones)), "rising fractions of the cycle between 0 and 1")  # fmt: skip
+        need(f"{who}.batch_size", g.batch_size >= 1, "at least 1")
+        stages.steps(g.duration, f"{who}.duration", batch_size=1, images=1)
+        stages.steps(r.warmup, f"{who}.schedule.warmup", batch_size=1, images=1, total=1, zero=True)
+    need("evaluation.batch_size", c.evaluation.batch_size >= 1, "at least 1")
+    for key in ("evaluation", "checkpoint", "log"):
+        stages.steps(config[key].every, f"{key}.every", batch_size=1, images=1, total=100)
+
+    for key, name in (("teacher.model", t.model), ("student.model", s.model)):
+        try:
+            models.create(name)
+        except models.WidthError:
+            pass
+        except UserError as e:
+            raise UserError(f"{key}: {e}") from e
+    options = {k: v for k, v in s.distiller.items() if k != "name"}
+    try:
+        distillers.create(s.distiller.name, **options)
+    except UserError as e:
+        raise UserError(f"student.distiller: {e}") from e

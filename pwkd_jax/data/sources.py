@@ -1,0 +1,299 @@
+"""Where images come from: the digits bundled with scikit-learn, or any TFDS directory in array_record, read without
+TensorFlow and without the network. Everything is decoded once into RAM; there is no other cache."""
+
+import bisect
+import dataclasses
+import itertools
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from pwkd_jax.errors import UserError
+
+# Records fetched by one call: reading them one at a time costs as much as decoding them (measured: 130 us each).
+_CHUNK = 256
+
+# A stretch of one stored split: (its name, first record, one past the last).
+Range = tuple[str, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """images: uint8 [N, H, W, C], C = 1 for grayscale; labels: int32 [N] in [0, num_classes)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Two splits of equal image shape and the number of classes that their labels are drawn from."""
+
+    name: str
+    train: Split
+    test: Split
+    num_classes: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.train.images.shape[1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Store:
+    """What `load` needs of a place that holds images.
+
+    shards: {split: number of records in each of its files}; num_classes: 0 where the store does not say;
+    read(ranges, num_classes) -> Split.
+    """
+
+    shards: Mapping[str, list[int]]
+    num_classes: int
+    read: Callable[[list[Range], int], Split]
+
+
+def load(name: str, data_dir: str = "", train_split: str = "train", test_split: str = "test", num_classes: int = 0) -> Dataset:
+    """The data set `name`, decoded into RAM.
+
+    `digits` is scikit-learn's copy of the UCI test set of handwritten digits: 1,797 gray 8x8 images in 10 classes,
+    values 0..16 stretched to 0..255. It has no official split; here image i is a test image where i % 3 == 2 (599) and
+    a training image otherwise (1,198). The same writers occur on both sides, so test accuracy is optimistic.
+
+    Any other name is a TFDS data set already prepared in array_record: `name[/config][:version]` below `data_dir`, a
+    local or mounted folder ('' is TFDS's default, ~/tensorflow_datasets or $TFDS_DATA_DIR); the newest version where
+    none is given. Nothing is ever downloaded. It needs features `image` (uint8, one shape throughout) and `label`.
+
+    Splits take TFDS's slices: 'train[:5000]', 'train[10%:20%]', 'train[:100]+train[200:300]'. Whether the two splits
+    share images is not checked. num_classes: 0, or what the data set must have (for data sets that do not say: has).
+
+    Raises UserError, naming the config key or the file at fault.
+    """
+    store = _digits() if name == "digits" else _tfds(name, data_dir)
+    if num_classes and store.num_classes and num_classes != store.num_classes:
+        raise UserError(
+            f"data.num_classes: it says {num_classes}, but data set '{name}' has {store.num_classes} classes; "
+            "set it to 0 to take the data set's own"
+        )
+    classes = store.num_classes or num_classes
+    if not classes:
+        raise UserError(f"data.num_classes: data set '{name}' does not say how many classes it has; give the number")
+    # Both specifications are checked before anything is decoded.
+    train_ranges = _ranges("data.train_split", train_split, name, store.shards)
+    test_ranges = _ranges("data.test_split", test_split, name, store.shards)
+    train, test = store.read(train_ranges, classes), store.read(test_ranges, classes)
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise UserError(
+            f"data.name: images of data set '{name}' are {_size(train.images.shape[1:])} in '{train_split}' but "
+            f"{_size(test.images.shape[1:])} in '{test_split}'; all must have one size"
+        )
+    return Dataset(name, train, test, classes)
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _ranges(key: str, spec: str, name: str, shards: Mapping[str, list[int]]) -> list[Range]:
+    """The non-empty ranges of records that a TFDS split specification names, in its order."""
+    if spec in shards:  # no slice, so that the digits do not pay for importing tfds
+        ranges = [(spec, 0, sum(shards[spec]))]
+    else:
+        import tensorflow_datasets as tfds
+
+        try:
+            instruction = tfds.core.ReadInstruction.from_spec(spec)
+        except (ValueError, NotImplementedError) as e:
+            raise UserError(
+                f"{key}: '{spec}' is not a split; write a name with an optional slice, such as 'train', 'train[:500]', "
+                "'train[10%:20%]' or a sum of these with '+'"
+            ) from e
+        for part in spec.split("+"):
+            split = part.strip().partition("[")[0]
+            if split not in shards and split != "all":
+                raise UserError(f"{key}: data set '{name}' has no split '{split}'; it has {', '.join(sorted(shards))}")
+        infos = {s: tfds.core.SplitInfo(name=s, shard_lengths=list(n), num_bytes=0) for s, n in shards.items()}
+        try:
+            absolute = instruction.to_absolute(infos)
+        except ValueError as e:
+            sizes = ", ".join(f"{s} {sum(n)}" for s, n in sorted(shards.items()))
+            raise UserError(f"{key}: '{spec}' reaches beyond the images of data set '{name}', which has {sizes}") from e
+        # None stands for an open end.
+        ranges = [(a.splitname, a.from_ or 0, sum(shards[a.splitname]) if a.to is None else a.to) for a in absolute]
+    ranges = [r for r in ranges if r[1] < r[2]]
+    if not ranges:
+        raise UserError(f"{key}: '{spec}' of data set '{name}' is empty; name a split or slice that holds images")
+    return ranges
+
+
+def _digits() -> _Store:
+    from sklearn.datasets import load_digits
+
+    values, labels = load_digits(return_X_y=True)
+    images = np.rint(values * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    is_test = np.arange(len(labels)) % 3 == 2
+    splits = {s: Split(images[m], labels[m].astype(np.int32)) for s, m in (("train", ~is_test), ("test", is_test))}
+
+    def read(ranges: list[Range], num_classes: int) -> Split:
+        parts = [(splits[s].images[a:b], splits[s].labels[a:b]) for s, a, b in ranges]
+        return Split(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    return _Store({s: [len(split)] for s, split in splits.items()}, 10, read)
+
+
+def _tfds(name: str, data_dir: str) -> _Store:
+    # tfds takes over half a second to import, and nothing but this path and split slices needs it.
+    import tensorflow_datasets as tfds
+
+    directory = _find(name, data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", bool(data_dir))
+    try:
+        builder = tfds.builder_from_directory(directory)
+    except Exception as e:  # json, protobuf, imports of feature classes: tfds has no common type for these
+        raise UserError(f"data.data_dir: {directory} is not a readable TFDS data set ({_first_line(e)})") from e
+    if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
+        raise UserError(
+            f"data.data_dir: {directory} is stored as {builder.info.file_format.value}, but random access needs array_record; "
+            "prepare it again with tfds's file_format='array_record', or convert its files"
+        )
+    features = builder.info.features
+    names = sorted(features) if isinstance(features, tfds.features.FeaturesDict) else []
+    for needed in ("image", "label"):
+        if needed not in names:
+            raise UserError(
+                f"data.name: data set '{name}' has no feature '{needed}'; it has {', '.join(names) or 'no named ones'}"
+            )
+    image, label = features["image"], features["label"]
+    if len(image.shape or ()) != 3 or image.np_dtype != np.uint8:
+        raise UserError(
+            f"data.name: feature 'image' of data set '{name}' is {np.dtype(image.np_dtype).name} of shape {image.shape}, "
+            "but must be uint8 [height, width, channels]"
+        )
+    if label.shape != () or not np.issubdtype(label.np_dtype, np.integer):
+        raise UserError(f"data.name: feature 'label' of data set '{name}' is not one integer per image")
+    shards = {s: list(info.shard_lengths) for s, info in builder.info.splits.items()}
+
+    def read(ranges: list[Range], num_classes: int) -> Split:
+        return _decode(builder, name, ranges, num_classes)
+
+    return _Store(shards, getattr(label, "num_classes", None) or 0, read)
+
+
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+def _versions(home: Path) -> dict[tuple[int, ...], Path]:
+    """{(major, minor, patch): folder} of the prepared versions right below `home`."""
+    if not home.is_dir():
+        return {}
+    found = [d for d in home.iterdir() if _VERSION.fullmatch(d.name) and (d / "dataset_info.json").is_file()]
+    return {tuple(map(int, d.name.split("."))): d for d in found}
+
+
+def _find(name: str, data_dir: str, given: bool) -> Path:
+    """The folder of data set `name[/config][:version]`, laid out as TFDS does it: data_dir/name[/config]/version.
+
+    Looked up here because `tfds.builder` falls back to the data set's code, which asks the network, where files are
+    missing.
+    """
+    match = re.fullmatch(rf"(\w[\w-]*(?:/\w[\w.-]*)?)(?::({_VERSION.pattern}))?", name)
+    if not match:
+        raise UserError(f"data.name: '{name}' is not a data set's name; write name, name/config or name:1.0.0")
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        what = "directory" if given else "it is empty, and TFDS's default directory"
+        raise UserError(f"data.data_dir: {what} {root} does not exist; give the folder in which TFDS prepared '{match[1]}'")
+    home, version = root / match[1], match[2]
+    versions = _versions(home)
+    if version:
+        versions = {v: d for v, d in versions.items() if d.name == version}
+    if versions:
+        return versions[max(versions)]
+    if (root / "dataset_info.json").is_file():
+        raise UserError(
+            f"data.data_dir: {root} is one version of a data set; give the folder that holds '{match[1]}', "
+            "its parent's parent (with a TFDS config, one more)"
+        )
+    configs = sorted(d.name for d in home.iterdir() if d.is_dir() and _versions(d)) if home.is_dir() else []
+    if configs:
+        raise UserError(f"data.name: '{match[1]}' comes in configs, add one: {', '.join(f'{match[1]}/{c}' for c in configs)}")
+    if others := _versions(home):
+        have = ", ".join(d.name for _, d in sorted(others.items()))
+        raise UserError(f"data.name: {home} has no version {version}; it has {have}")
+    have = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+    raise UserError(
+        f"data.name: {root} holds no prepared data set '{match[1]}' (it holds {', '.join(have[:12]) or 'nothing'}); "
+        "nothing is downloaded here, so prepare it with TFDS first or correct data.data_dir"
+    )
+
+
+def _decode(builder, name: str, ranges: list[Range], num_classes: int) -> Split:
+    """The images and labels of `ranges`, in order.
+
+    One thread: decoding small images is bound by the interpreter, and 2 or 3 threads were slower than one (measured).
+    """
+    import tensorflow_datasets as tfds
+
+    directory, features = builder.info.data_dir, builder.info.features
+    total = sum(stop - start for _, start, stop in ranges)
+    images, labels, row = None, np.empty(total, np.int32), 0
+    for split, start, stop in ranges:
+        source = builder.as_data_source(
+            split,
+            deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+            file_format=tfds.core.FileFormat.ARRAY_RECORD,
+        )
+        for first in range(start, stop, _CHUNK):
+            records = _fetch(builder, source, split, range(first, min(first + _CHUNK, stop)))
+            for number, record in enumerate(records, first):
+                try:
+                    example = features.deserialize_example_np(record)
+                except Exception as e:  # whatever the image library throws
+                    raise UserError(
+                        f"data.data_dir: record {number} of split '{split}' in {directory} cannot be decoded "
+                        f"({_first_line(e)}); prepare or copy the data set again"
+                    ) from e
+                image, label = example["image"], int(example["label"])
+                if images is None:
+                    images = np.empty((total, *image.shape), np.uint8)
+                if image.shape != images.shape[1:]:
+                    raise UserError(
+                        f"data.name: images of data set '{name}' differ in size: record {number} of split '{split}' is "
+                        f"{_size(image.shape)}, others are {_size(images.shape[1:])}; all must have one size"
+                    )
+                if not 0 <= label < num_classes:
+                    raise UserError(
+                        f"data.num_classes: record {number} of split '{split}' in {directory} has label {label}; with "
+                        f"{num_classes} classes labels are 0 to {num_classes - 1}"
+                    )
+                images[row], labels[row] = image, label
+                row += 1
+    return Split(images, labels)
+
+
+def _fetch(builder, source, split: str, numbers: range) -> list[bytes]:
+    """The serialised records `numbers` of `split`."""
+    try:
+        return source.__getitems__(numbers)
+    except RuntimeError:
+        for number in numbers:  # find the one at fault, to name its file
+            try:
+                source[number]
+            except RuntimeError as e:
+                info = builder.info.splits[split]
+                path = info.filepaths[bisect.bisect_right(list(itertools.accumulate(info.shard_lengths)), number)]
+                what = "cannot be read" if path.exists() else "is missing"
+                raise UserError(
+                    f"data.data_dir: file {path} {what} at record {number} of split '{split}' ({_first_line(e)}); "
+                    "prepare or copy the data set again"
+                ) from e
+        raise

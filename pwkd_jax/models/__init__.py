@@ -1,0 +1,115 @@
+"""Model families: plain Flax Linen modules that take a `width` and return `Outputs`.
+
+The rest of the package sees a model as two pure functions, `init` and `apply`, over nested dicts. A model knows nothing
+of slimming: it only builds itself narrower when its `width` is smaller, with the same tree of parameters.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pwkd_jax.errors import UserError
+
+
+class Outputs(NamedTuple):
+    """What every model returns for a batch of B images.
+
+    logits: [B, classes]. stages: tuple of [B, H, W, C] maps, one per residual stage, after their last ReLU.
+    preact: the same maps before that ReLU. pooled: [B, D], what the classifier reads.
+    A model of your own may return bare logits; feature distillers then refuse it by name.
+    """
+
+    logits: jax.Array
+    stages: tuple[jax.Array, ...] = ()
+    preact: tuple[jax.Array, ...] = ()
+    pooled: jax.Array | None = None
+
+
+class WidthError(UserError):
+    """A width at which a layer would not have a whole number of channels."""
+
+
+def channels(full: int, width: float, divisor: int = 0) -> int:
+    """Channels of a layer that has `full` of them at width 1.
+
+    divisor 0 means exact: `full * width` must be whole. Otherwise round to the nearest multiple of `divisor`, never
+    below 90 % of the target (the rule of the mobile networks, and of US-Net, ICCV 2019).
+    Raises WidthError where the count is not whole or is zero.
+    """
+    exact = Fraction(width).limit_denominator(10_000) * full
+    if divisor:
+        rounded = max(divisor, int(exact + Fraction(divisor, 2)) // divisor * divisor)
+        return rounded if rounded >= Fraction(9, 10) * exact else rounded + divisor
+    if exact.denominator != 1 or exact < 1:
+        raise WidthError(
+            f"width {width:g} makes {float(exact):g} of {full} channels, not a whole number: "
+            "choose a width that does, or set divisor (say 8) to round"
+        )
+    return int(exact)
+
+
+def _import(path: str) -> Callable[..., Any]:
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise UserError(
+            f"'{path}' cannot be imported ({e}): it should be importable.module:Name, found from where you run"
+        ) from e
+
+
+def from_name(name: str, builtin: Callable[[str], tuple[Callable[..., Any], dict] | None], kind: str, known: str):
+    """(constructor, its fixed options) of a built-in `name`, or of your own class given as `module:Name`."""
+    if ":" in name:
+        return _import(name), {}
+    found = builtin(name)
+    if found is None:
+        raise UserError(f"there is no {kind} '{name}': known are {known}, or your own as module:Name")
+    return found
+
+
+def create(name: str, *, width: float = 1.0, num_classes: int = 10, **options) -> nn.Module:
+    """The model `name` at `width`: `resnet8` ... `resnet110`, `resnet8x4`, `resnet32x4`, or your own as `module:Name`.
+
+    options: what that model's constructor knows besides (`divisor`, `zero_gamma`); those at their neutral value
+    (0 or False) are not passed, so that a model needs to know only what is used of it.
+    Raises UserError for an unknown name or option, and WidthError for a width that does not fit.
+    """
+    from pwkd_jax.models import resnet
+
+    make, fixed = from_name(name, resnet.parse, "model", resnet.KNOWN)
+    options = {key: value for key, value in options.items() if value}
+    known = {f.name for f in dataclasses.fields(make)} if dataclasses.is_dataclass(make) else None
+    for key in options:
+        if known is not None and key not in known:
+            raise UserError(f"the model '{name}' has no '{key}': leave it at its default")
+    return make(width=width, num_classes=num_classes, **fixed, **options)
+
+
+def apply(model: nn.Module, variables: dict, images: jax.Array, *, train: bool) -> tuple[Outputs, dict]:
+    """Run `model` on images [B, H, W, C]; returns its Outputs and its new batch statistics ({} unless training)."""
+    if train:
+        out, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return as_outputs(out), dict(updated).get("batch_stats", {})
+    return as_outputs(model.apply(variables, images, train=False)), {}
+
+
+def as_outputs(out: Any) -> Outputs:
+    """A model's return value as Outputs: bare logits, or any object with a subset of its fields, are accepted."""
+    if isinstance(out, Outputs):
+        return out
+    if hasattr(out, "logits"):
+        return Outputs(**{name: getattr(out, name) for name in Outputs._fields if hasattr(out, name)})
+    return Outputs(out)
+
+
+def abstract(model: nn.Module, image_shape: tuple[int, ...]) -> dict:
+    """Shapes and dtypes of the model's variables for images [H, W, C], without allocating anything."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return dict(jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), images))

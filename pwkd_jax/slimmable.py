@@ -1,0 +1,329 @@
+"""A sub-network is the leading block of every array of the full network.
+
+`take` reads that block (sliced: real savings), `mask` zeroes everything else (masked: full shapes, any width), and both
+let gradients through. For networks normalised by batch norm the two give equal logits and gradients in training and in
+evaluation: a masked batch-norm scale and bias silence the inactive channels, and a zero channel adds nothing to the next
+layer. What widths never share is batch-norm state (switchable batch norm, Yu et al., ICLR 2019).
+
+    params      {"shared": tree, "batch_norm": {key: scales and biases}}     what trains
+    statistics  {key: running means and variances}                           what batch norm keeps
+
+`key` names a width (or "shared", where the widths share one set); both are assembled by `Slimmable`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from pwkd_jax import models
+from pwkd_jax.errors import UserError
+
+BATCH_NORMS = ("switchable", "private_stats", "shared")
+
+
+# The leading block. `like` is a tree of anything with a .shape: the narrow member's, arrays or abstract.
+
+
+def _slices(leaf) -> tuple[slice, ...]:
+    return tuple(slice(0, d) for d in leaf.shape)
+
+
+def take(full, like):
+    """full[:d0, :d1, ...] for each leaf, d being the shape of the same leaf in `like`."""
+    return jax.tree.map(lambda x, n: x[_slices(n)], full, like)
+
+
+def mask(full, like):
+    """`full`, same shapes, with everything outside the leading block set to zero."""
+    return jax.tree.map(lambda x, n: embed(x[_slices(n)], x), full, like)
+
+
+def embed(narrow, like, fill: float = 0.0):
+    """`narrow` as the leading block of arrays shaped as `like`, `fill` around it: the transpose of `take`."""
+    return jax.tree.map(
+        lambda x, f: jnp.pad(x, [(0, d - n) for n, d in zip(x.shape, f.shape, strict=True)], constant_values=fill),
+        narrow,
+        like,
+    )
+
+
+def put(full, narrow):
+    """`full` with its leading block replaced by `narrow`."""
+    return jax.tree.map(lambda x, n: x.at[_slices(n)].set(n), full, narrow)
+
+
+def misfit(full: dict, narrow: dict) -> str | None:
+    """The path of an array of `narrow` that is no leading block of its namesake in `full`, or None."""
+    full, narrow = flatten_dict(full), flatten_dict(narrow)
+    for path in sorted(full.keys() | narrow.keys()):
+        f, n = full.get(path), narrow.get(path)
+        if f is None or n is None or len(n.shape) != len(f.shape) or any(a > b for a, b in zip(n.shape, f.shape, strict=True)):
+            return "/".join(path)
+    return None
+
+
+# Batch norm: a layer is one whose path holds running statistics, whoever wrote the model.
+
+
+def split_norm(params, batch_stats) -> tuple[dict, dict]:
+    """(params without the scales and biases of batch-norm layers, those scales and biases)."""
+    layers = {path[:-1] for path in flatten_dict(batch_stats)}
+    flat = flatten_dict(params)
+    shared = {path: x for path, x in flat.items() if path[:-1] not in layers}
+    norm = {path: x for path, x in flat.items() if path[:-1] in layers}
+    return unflatten_dict(shared), unflatten_dict(norm)
+
+
+def join(shared: dict, norm: dict) -> dict:
+    """The inverse of `split_norm`."""
+    return unflatten_dict(flatten_dict(shared) | flatten_dict(norm))
+
+
+def width_key(width: float) -> str:
+    return f"{width:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slimmable:
+    """One set of weights read at several widths.
+
+    members: {width: the plain model at that width}, widest first; likes: {width: its abstract variables};
+    batch_norm: `switchable` (own statistics, scale and bias per width), `private_stats` (own statistics, shared scale
+    and bias) or `shared` (everything shared; needs `calibrate` before it can be evaluated).
+    table: the widths that own batch-norm state; others (drawn by the sandwich rule) are trained on batch statistics only.
+    """
+
+    members: dict[float, nn.Module]
+    likes: dict[float, dict]
+    table: tuple[float, ...]
+    batch_norm: str
+    masked: bool
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        return tuple(self.members)
+
+    @property
+    def widest(self) -> float:
+        return self.widths[0]
+
+    def init(self, rng: jax.Array, image_shape: tuple[int, ...]) -> tuple[dict, dict]:
+        """(params, statistics) freshly initialised; image_shape is [H, W, C]."""
+        full = self.members[self.widest].init(rng, jnp.zeros((1, *image_shape)), train=False)
+        full = {"params": full["params"], "batch_stats": full.get("batch_stats", {})}
+        shared, norm = split_norm(full["params"], full["batch_stats"])
+        if self.batch_norm == "shared":
+            return {"shared": full["params"], "batch_norm": {}}, {"shared": full["batch_stats"]}
+        blocks = {width_key(w): self._norm_likes(w) for w in self.table}
+        statistics = {key: take(full["batch_stats"], stats) for key, (_, stats) in blocks.items()}
+        if self.batch_norm == "private_stats":
+            return {"shared": full["params"], "batch_norm": {}}, statistics
+        norms = {key: take(norm, affine) for key, (affine, _) in blocks.items()}
+        return {"shared": shared, "batch_norm": norms}, statistics
+
+    def _norm_likes(self, width: float) -> tuple[dict, dict]:
+        like = self.likes[width]
+        return split_norm(like["params"], like.get("batch_stats", {}))[1], like.get("batch_stats", {})
+
+    def extract(self, params: dict, statistics: dict, width: float) -> dict:
+        """Variables {"params", "batch_stats"} of the member at `width`: a standalone narrow model's own shapes."""
+        key, like = width_key(width), self.likes[width]
+        stats_like = self._norm_likes(width)[1]
+        if self.batch_norm == "switchable":
+            shared_like, _ = split_norm(like["params"], stats_like)
+            tree = join(take(params["shared"], shared_like), params["batch_norm"][key])
+        else:
+            tree = take(params["shared"], like["params"])
+        if key in statistics:
+            stats = statistics[key]
+        elif "shared" in statistics:
+            stats = take(statistics["shared"], stats_like)
+        else:  # a drawn width without a table of its own: train-mode batch norm reads nothing from these
+            stats = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), stats_like)
+        return {"params": tree, "batch_stats": stats}
+
+    def extract_masked(self, params: dict, statistics: dict, width: float) -> dict:
+        """The same sub-network in the full network's shapes: what `extract` gives, embedded in zeros."""
+        narrow, full = self.extract(params, statistics, width), self.likes[self.widest]
+        return {
+            "params": embed(narrow["params"], full["params"]),
+            # Inactive channels carry zero scale, so their statistics do not matter; a variance of 1 keeps them finite.
+            "batch_stats": embed(narrow["batch_stats"], full.get("batch_stats", {}), fill=1.0),
+        }
+
+    def forward(self, params, statistics, width: float, images, *, train: bool) -> tuple[models.Outputs, dict]:
+        """Outputs of the sub-network at `width` on images [B, H, W, C], and the statistics with its own updated."""
+        member, variables = self.members[width], self.extract(params, statistics, width)
+        if self.masked:
+            member, variables = self.members[self.widest], self.extract_masked(params, statistics, width)
+        out, stats = models.apply(member, variables, images, train=train)
+        key, stats_like = width_key(width), self._norm_likes(width)[1]
+        if not train or not stats:
+            return out, statistics
+        stats = take(stats, stats_like)
+        if key in statistics:
+            return out, statistics | {key: stats}
+        if "shared" in statistics:
+            return out, {"shared": put(statistics["shared"], stats)}
+        return out, statistics
+
+
+def build(
+    make: Callable[[float], nn.Module],
+    widths: tuple[float, ...],
+    image_shape: tuple[int, ...],
+    *,
+    batch_norm: str = "switchable",
+    execution: str = "take",
+    pool: tuple[float, ...] = (),
+) -> Slimmable:
+    """The slimmable network of the family `make(width)` for images [H, W, C].
+
+    pool: further widths that sandwich sampling may draw. Raises UserError where a width does not fit the family, and
+    where a narrow member is not the leading block of the widest (the family then cannot be slimmed), by path.
+    """
+    ordered = sorted({*widths, *pool}, reverse=True)
+    members = {w: make(w) for w in ordered}
+    likes = {}
+    for w in ordered:
+        try:
+            likes[w] = models.abstract(members[w], image_shape)
+        except models.WidthError as e:
+            raise UserError(f"teacher.widths: {str(e).replace('set divisor', 'set teacher.divisor')}") from e
+    for w in ordered[1:]:
+        if bad := misfit(likes[ordered[0]], likes[w]):
+            raise UserError(
+                f"teacher.model: at width {w:g} '{bad}' is not a leading block of the same array at width "
+                f"{ordered[0]:g}, so this family cannot be slimmed"
+            )
+    if execution == "mask":
+        refuse_masking(members[ordered[0]], image_shape)
+    table = tuple(w for w in ordered if w in widths)
+    return Slimmable(members, likes, table, batch_norm, execution == "mask")
+
+
+def refuse_masking(model: nn.Module, image_shape: tuple[int, ...]) -> None:
+    """UserError for layers whose output at zeroed channels is not that of the narrow layer."""
+    wrong = []
+
+    def look(next_function, args, kwargs, context):
+        grouped = isinstance(context.module, nn.Conv) and context.module.feature_group_count > 1
+        if grouped or isinstance(context.module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | nn.InstanceNorm):
+            wrong.append((type(context.module).__name__, "/".join(context.module.path)))
+        return next_function(*args, **kwargs)
+
+    with nn.intercept_methods(look):
+        models.abstract(model, image_shape)
+    if wrong:
+        kind, path = wrong[0]
+        kind = "a grouped convolution" if kind == "Conv" else kind
+        raise UserError(
+            f"teacher.execution: 'mask' is not equal to the narrow network through {kind} ({path}), which would see the "
+            "zeroed channels; use 'take'"
+        )
+
+
+# Joint training.
+
+
+def sandwich_loss(
+    net: Slimmable,
+    params: dict,
+    statistics: dict,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    loss: str = "hard",
+    reduction: str = "sum",
+    sampling: str = "all",
+    subnetworks: int = 4,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[dict, dict]]:
+    """Joint loss of the sub-networks on one batch: images [B, H, W, C] float, labels [B] int.
+
+    sampling `all`: every width of the table, widest first; `sandwich`: the widest, then the narrowest, then
+    `subnetworks - 2` drawn with `key` from the rest (US-Net, Yu and Huang, ICCV 2019).
+    The widest learns from the labels. The others by `loss`: `hard` from the labels; `inplace` from the widest one's
+    softmax, -sum softmax(z_max) log softmax(z_w) at temperature 1 and without gradient into the target (US-Net);
+    `inplace_mix` from the sum of both. reduction `sum` (S-Net) or `mean` over sub-networks.
+    Returns (scalar, (statistics after this step, {metric name: per-image values [B]})).
+    """
+    target = None
+
+    def one(width: float, statistics: dict):
+        out, statistics = net.forward(params, statistics, width, images, train=True)
+        hard = cross_entropy(out.logits, labels)
+        if target is None or loss == "hard":
+            value = hard
+        else:
+            soft = -jnp.sum(target * jax.nn.log_softmax(out.logits), axis=-1)
+            value = soft if loss == "inplace" else hard + soft
+        return (value, 100.0 * (jnp.argmax(out.logits, -1) == labels), out.logits), statistics
+
+    total, metrics = 0.0, {}
+    fixed = net.table if sampling == "all" else (net.widest, net.widths[-1])
+    for width in fixed:
+        (value, correct, logits), statistics = one(width, statistics)
+        if target is None:
+            target = jax.lax.stop_gradient(jax.nn.softmax(logits))
+        total += jnp.mean(value)
+        metrics |= {f"train_loss_{width_key(width)}": value, f"train_top1_{width_key(width)}": correct}
+    count = len(fixed)
+    if sampling == "sandwich" and (drawn := draws(net, subnetworks, key)) is not None:
+        middle = net.widths[1:-1]
+        for index in drawn:
+            branches = [lambda s, w=w: one(w, s) for w in middle]
+            (value, correct, _), statistics = jax.lax.switch(index, branches, statistics)
+            total += jnp.mean(value)
+            metrics |= {"train_loss_drawn": value, "train_top1_drawn": correct}
+        count += len(drawn)
+    return total / (count if reduction == "mean" else 1), (statistics, metrics)
+
+
+def draws(net: Slimmable, subnetworks: int, key: jax.Array) -> list[jax.Array] | None:
+    """Indices into the widths between the ends for one step's drawn sub-networks, all different; None without any."""
+    middle = len(net.widths) - 2
+    count = min(subnetworks - 2, middle)
+    return list(jax.random.permutation(key, middle)[:count]) if count > 0 else None
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """-log softmax(logits)[label] per image: [B, classes], [B] -> [B]."""
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
+
+
+# Calibration: statistics for widths that were trained without their own.
+
+
+def batch_statistics(model: nn.Module, variables: dict, images: jax.Array) -> dict:
+    """The batch-norm statistics of this one batch, nothing of the running ones mixed in (momentum 0 for the call)."""
+
+    def forget(next_function, args, kwargs, context):
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+            # A fresh module object lives for this call only, so nothing outside sees the change.
+            object.__setattr__(context.module, "momentum", 0.0)
+        return next_function(*args, **kwargs)
+
+    with nn.intercept_methods(forget):
+        return models.apply(model, variables, images, train=True)[1]
+
+
+def calibrate(batch_stats: Callable[[int], dict], batches: int) -> dict:
+    """Mean over `batches` of `batch_stats(i)`, the true cumulative mean: every batch weighs the same, in any order.
+
+    An exponential average would leave 0.9^n of the old value behind; the sum is taken in float64 on the host.
+    """
+    sums = None
+    for i in range(batches):
+        stats = jax.tree.map(lambda x: jax.device_get(x).astype("float64"), batch_stats(i))
+        sums = stats if sums is None else jax.tree.map(lambda a, b: a + b, sums, stats)
+    return jax.tree.map(lambda x: jnp.asarray(x / batches, jnp.float32), sums)
+
+
+def calibration_batches(images: int, batch_size: int) -> int:
+    return math.ceil(images / batch_size)

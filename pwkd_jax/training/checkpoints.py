@@ -1,0 +1,74 @@
+"""Orbax checkpoints of a `State`: asynchronous, atomic, and compared by path before anything is loaded."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from pwkd_jax.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest, and those at the steps to `keep` (stage ends)."""
+
+    def __init__(self, directory: Path, keep: Sequence[int] = ()):
+        policies = ocp.training.preservation_policies
+        self._directory = directory
+        self._manager = ocp.training.Checkpointer(
+            directory.absolute(),
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(1), policies.CustomSteps(sorted(set(keep)))]
+            ),
+            cleanup_tmp_directories=True,  # a save that a kill tore is a temporary directory, never a step
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(c.step for c in self._manager.checkpoints)
+
+    def save(self, step: int, state) -> None:
+        """Start saving in the background; waits only for a save still under way."""
+        if step in self.steps:
+            return
+        # The next step is given this state's buffers to overwrite, so the writer gets its own.
+        self._manager.save_checkpointables_async(step, {"state": jax.tree.map(jnp.copy, state)}, force=True)
+
+    def restore(self, like, step: int | None = None):
+        """The state saved at `step` (default: the latest), shaped and placed as `like`; None if there is none.
+
+        Raises UserError naming every path that the checkpoint and the config disagree on.
+        """
+        if not self.steps:
+            return None
+        step = self.steps[-1] if step is None else step
+        saved = self._manager.checkpointables_metadata(step).metadata["state"]
+        if bad := _differences(saved, like):
+            shown = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
+            raise UserError(f"{self._directory / str(step)} is not a checkpoint of this config: {shown}")
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        return self._manager.load_checkpointables(step, {"state": abstract})["state"]
+
+    def close(self) -> None:
+        """Wait for the last save to be complete on disk."""
+        self._manager.close()
+
+
+def _shapes(tree) -> dict[str, tuple]:
+    def name(part) -> str:
+        return str(next(getattr(part, a) for a in ("key", "name", "idx") if hasattr(part, a)))
+
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(name(part) for part in path): (tuple(leaf.shape), jnp.dtype(leaf.dtype)) for path, leaf in flat}
+
+
+def _differences(saved, like) -> list[str]:
+    a, b = _shapes(saved), _shapes(like)
+    text = [f"{path} is saved but not wanted" for path in a if path not in b]
+    text += [f"{path} is wanted but not saved" for path in b if path not in a]
+    return text + [
+        f"{path} is {a[path][1]}{list(a[path][0])}, not {b[path][1]}{list(b[path][0])}"
+        for path in a
+        if path in b and a[path] != b[path]
+    ]

@@ -1,0 +1,146 @@
+"""The only training loop, and a run around it: one directory that resumes by itself."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from pwkd_jax.errors import UserError
+from pwkd_jax.training.checkpoints import Checkpoints
+from pwkd_jax.training.metrics import Running
+from pwkd_jax.training.state import State
+from pwkd_jax.training.writers import Progress, Writer
+
+
+def fit(state: State, step: Callable, pipeline: Callable, until: int, hooks: Sequence[Callable] = ()) -> State:
+    """Train to global step `until`: state, metrics = step(state, pipeline(n)), then every hook(n + 1, state, metrics).
+
+    Hooks run in the order given, before the next batch is taken: log and evaluate first, save last, so that a
+    checkpoint never stands without the metrics that led to it.
+    """
+    at = int(state.step)
+    while at < until:
+        state, metrics = step(state, pipeline(at))
+        at += 1
+        for hook in hooks:
+            hook(at, state, metrics)
+    return state
+
+
+class Segment(NamedTuple):
+    """Part of a run under one step function. enter(state) -> state is applied at its first step."""
+
+    end: int
+    step: Callable
+    enter: Callable
+
+
+class Cadence(NamedTuple):
+    """Everything that happens every so many steps."""
+
+    log: int
+    evaluate: int
+    save: int
+    tensorboard: bool
+
+
+def run(
+    directory: Path,
+    label: str,
+    state: State,
+    segments: Sequence[Segment],
+    pipeline: Callable,
+    evaluate: Callable[[State], dict[str, float]],
+    cadence: Cadence,
+    *,
+    images: int,
+    batch_size: int,
+    texts: dict[str, str],
+    keep: Sequence[int] = (),
+) -> tuple[State, list[dict]]:
+    """Train `state` through all segments in `directory`, from its latest checkpoint if it has one.
+
+    Evaluates and saves at the end of every segment besides the cadence. images: in one epoch. texts: written once.
+    Returns the final state and the rows of metrics.jsonl: {"step", "epoch", "seconds", "train_loss", ...,
+    "images_per_second"}, and what `evaluate` returned where it ran. Raises UserError when the loss is not finite.
+    """
+    ends = [s.end for s in segments]
+    checkpoints = Checkpoints(directory / "checkpoints", keep=[*keep, ends[-1]])
+    # Started anew rather than loaded where there is nothing to load; `state` only lends its shape otherwise.
+    restored = checkpoints.restore(state)
+    state = state if restored is None else restored
+    begin = int(state.step)
+    writer = Writer(directory, begin, cadence.tensorboard)
+    if not begin:
+        writer.write_texts(0, texts)
+    progress = Progress(label, ends[-1], begin)
+    running, clock = Running(), _Clock(begin)
+
+    def record(at: int, state: State, metrics) -> None:
+        running.add(metrics)
+        evaluating = at % cadence.evaluate == 0 or at in ends
+        if not (evaluating or at % cadence.log == 0):
+            return progress.update(at)
+        means = running.flush()
+        if not math.isfinite(means["train_loss"]):
+            raise UserError(
+                f"{label}: the loss is {means['train_loss']} at step {at}; lower schedule.peak or set optimizer.clip_norm"
+            )
+        row = {"epoch": at * batch_size / images, **means, "images_per_second": clock.rate(at, batch_size)}
+        if evaluating:
+            row |= evaluate(state)
+        row["seconds"] = clock.lap(at)
+        writer.write_scalars(at, row)
+        note = f"loss {means['train_loss']:.3f}"
+        progress.update(at, note + "".join(f", {k} {v:.2f}" for k, v in row.items() if k.startswith("top1")))
+
+    def save(at: int, state: State, metrics) -> None:
+        if at % cadence.save == 0 or at in ends:
+            writer.flush()
+            checkpoints.save(at, state)
+
+    try:
+        start = 0
+        for segment in segments:
+            if begin < segment.end:
+                if int(state.step) == start:
+                    state = segment.enter(state)
+                state = fit(state, segment.step, pipeline, segment.end, (record, save))
+            start = segment.end
+    finally:
+        writer.flush()
+        writer.close()
+        checkpoints.close()
+    last = writer.rows[-1]
+    scores = ", ".join(f"{k} {v:.2f}" for k, v in last.items() if k.startswith("top1") and "train" not in k)
+    progress.close(f"{ends[-1]} steps, {sum(r['seconds'] for r in writer.rows):.1f} s, {scores}")
+    return state, writer.rows
+
+
+class _Clock:
+    """Seconds since the last row, and the rate of training without evaluation."""
+
+    def __init__(self, step: int):
+        self._step, self._lap, self._since = step, time.monotonic(), time.monotonic()
+
+    def rate(self, step: int, batch_size: int) -> float:
+        now = time.monotonic()
+        return (step - self._step) * batch_size / max(1e-9, now - self._since)
+
+    def lap(self, step: int) -> float:
+        now = time.monotonic()
+        seconds = now - self._lap
+        self._step, self._lap, self._since = step, now, now
+        return seconds
+
+
+def snapshots(directory: Path, like: State, steps: Sequence[int]) -> list[State]:
+    """The states saved at `steps` of a finished run, placed as `like`."""
+    checkpoints = Checkpoints(directory / "checkpoints", keep=steps)
+    try:
+        return [checkpoints.restore(jax.tree.map(lambda x: x, like), step) for step in steps]
+    finally:
+        checkpoints.close()

@@ -1,0 +1,52 @@
+"""Metrics as clu collections of (sum, count) pairs; the mean is taken once, at the end."""
+
+import functools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from clu import metrics as clu_metrics
+
+
+@functools.cache
+def _collection(names: tuple[str, ...]) -> type[clu_metrics.Collection]:
+    # Cached by name, so that every step program returns one and the same pytree type.
+    return clu_metrics.Collection.create(**{name: clu_metrics.Average.from_output(name) for name in names})
+
+
+def collect(values: dict[str, jax.Array], mask: jax.Array | None = None) -> clu_metrics.Collection:
+    """{name: per-image values [B] or a scalar mean of them} as a collection; mask [B] 1/0 leaves padding out."""
+    # clu makes dataclass fields of the names, which may not hold the dot of a width; the middle dot may stand in one.
+    values = {name.replace(".", "·"): value for name, value in values.items()}
+    return _collection(tuple(values)).single_from_model_output(**values, mask=mask)
+
+
+_merge = jax.jit(lambda a, b: a.merge(b))
+
+
+class Running:
+    """Merges collections on the device, one dispatch each, and reads the means once, in `flush`."""
+
+    def __init__(self):
+        self._total = None
+
+    def add(self, metrics: clu_metrics.Collection) -> None:
+        self._total = metrics if self._total is None else _merge(self._total, metrics)
+
+    def flush(self) -> dict[str, float]:
+        means = {} if self._total is None else {k.replace("·", "."): float(v) for k, v in self._total.compute().items()}
+        self._total = None
+        return means
+
+
+def mean(collections: Iterable[clu_metrics.Collection]) -> dict[str, float]:
+    """The means over all given collections."""
+    running = Running()
+    for metrics in collections:
+        running.add(metrics)
+    return running.flush()
+
+
+def top1(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """100 where the largest logit is the label's, else 0: [B, classes], [B] -> [B], so that means are in percent."""
+    return 100.0 * (jnp.argmax(logits, axis=-1) == labels)

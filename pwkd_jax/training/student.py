@@ -1,0 +1,104 @@
+"""The student: one distillation step, taught by a frozen sub-network that was materialised once for its stage."""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from pwkd_jax import models, slimmable
+from pwkd_jax.distillers import Distillation
+from pwkd_jax.stages import Stage, step_in_stage
+from pwkd_jax.training import metrics
+from pwkd_jax.training.state import State, apply_gradients, create, rng
+
+
+def init(model: nn.Module, image_shape, distillation: Distillation | None, tx, seed: int) -> State:
+    """A fresh student; the same seed gives the same weights in every arm."""
+    key = jax.random.key(seed)
+    variables = model.init(jax.random.fold_in(key, 0), jnp.zeros((1, *image_shape)), train=False)
+    params, state = distillation.init(jax.random.fold_in(key, 1)) if distillation else ({}, {})
+    return create(
+        seed,
+        {"student": variables["params"], "distiller": params},
+        {"batch_stats": variables.get("batch_stats", {}), "distiller": state},
+        tx,
+    )
+
+
+def variables(state: State) -> dict:
+    return {"params": state.params["student"], "batch_stats": state.collections["batch_stats"]}
+
+
+def make_step(
+    model: nn.Module,
+    teachers: dict[float, nn.Module],
+    widths: tuple[float, ...],
+    distillation: Distillation | None,
+    plan: Sequence[Stage],
+    tx: optax.GradientTransformation,
+    schedule,
+    preprocess,
+    *,
+    same_crop: bool = True,
+) -> Callable:
+    """step(state, batch, teacher) -> (state, metrics) for the stages that `widths` teach; no widths is no teacher.
+
+    teacher: {width: frozen variables of the narrow model}, read in evaluation mode and never written. Several widths:
+    one is drawn at each step. One program serves every stage with the same widths: what differs between them (learning
+    rate, steps seen in the stage) comes from the state's step.
+    """
+    seen = step_in_stage(plan)
+
+    def step(state: State, batch: dict, teacher: dict[float, dict]):
+        images = preprocess(rng(state, 0), batch["image"])
+        teacher_images = images if same_crop else preprocess(rng(state, 2), batch["image"])
+        batch = batch | {"image": images}
+
+        def loss_fn(params, width: float | None):
+            variables = {"params": params["student"], "batch_stats": state.collections["batch_stats"]}
+            out, stats = models.apply(model, variables, images, train=True)
+            top1 = metrics.top1(out.logits, batch["label"])
+            if width is None:
+                loss = jnp.mean(slimmable.cross_entropy(out.logits, batch["label"]))
+                return loss, ({**state.collections, "batch_stats": stats}, {"train_top1": top1, "cross_entropy": loss})
+            taught, _ = models.apply(teachers[width], teacher[width], teacher_images, train=False)
+            loss, kept, values = distillation(
+                params["distiller"], state.collections["distiller"], width, out, taught, batch, seen(state.step),
+                rng(state, 3),
+            )  # fmt: skip
+            return loss, ({"batch_stats": stats, "distiller": kept}, {"train_top1": top1, **values})
+
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        if len(widths) > 1:
+            drawn = jax.random.randint(rng(state, 1), (), 0, len(widths))
+            branches = [lambda params, w=w: gradient(params, w) for w in widths]
+            (loss, (collections, values)), grads = jax.lax.switch(drawn, branches, state.params)
+        else:
+            (loss, (collections, values)), grads = gradient(state.params, widths[0] if widths else None)
+        state, rate = apply_gradients(state, grads, collections, tx, schedule)
+        return state, metrics.collect({"train_loss": loss, "learning_rate": rate, **values})
+
+    return step
+
+
+def enter_stage(
+    state: State, fresh: Callable[[], State], tx: optax.GradientTransformation, reset: Sequence[str], connectors: str
+) -> State:
+    """The state with which a stage after the first begins; step and seed always carry over.
+
+    reset: any of `momentum`, `batch_norm` (the student's statistics), `weights`; the rest carries over. connectors:
+    `leading` keeps the distiller's parameters, `reinit` starts them and its state anew. fresh: gives the initial state.
+    Doing it twice is doing it once, so a run killed at a stage's first step resumes to the same bits.
+    """
+    params, collections = dict(state.params), dict(state.collections)
+    if "weights" in reset:
+        params["student"] = fresh().params["student"]
+    if "batch_norm" in reset or "weights" in reset:
+        collections["batch_stats"] = fresh().collections["batch_stats"]
+    if connectors == "reinit":
+        params["distiller"] = fresh().params["distiller"]
+        collections["distiller"] = fresh().collections["distiller"]
+    opt_state = tx.init(params) if "momentum" in reset else state.opt_state
+    return state.replace(params=params, collections=collections, opt_state=opt_state)

@@ -1,0 +1,101 @@
+"""Where metrics go: `metrics.jsonl`, TensorBoard events without TensorFlow, and the terminal."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import tqdm
+from tensorboardX import SummaryWriter
+
+
+class Writer:
+    """clu's MetricWriter methods over `metrics.jsonl` and tensorboardX (clu's own writers need TensorFlow).
+
+    One JSON object a line: {"step": n, name: number, ...}. Opened at step n of a resumed run, it first drops what a
+    killed run had written after n, so a resumed file reads like an unbroken one.
+    """
+
+    def __init__(self, directory: Path, start: int = 0, tensorboard: bool = True):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / "metrics.jsonl"
+        self.rows = [row for row in read_rows(self._path) if row["step"] <= start]
+        replace(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._file = self._path.open("a")
+        self._events = SummaryWriter(str(directory), purge_step=start + 1, flush_secs=30) if tensorboard else None
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        row = {"step": step, **scalars}
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        if self._events:
+            for name, value in scalars.items():
+                self._events.add_scalar(name, value, step)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        if self._events:
+            for name, text in texts.items():
+                self._events.add_text(name, text, step)
+
+    def write_hparams(self, hparams: Mapping[str, object]) -> None:
+        self.write_texts(0, {"config": "\n".join(f"    {k}: {v}" for k, v in hparams.items())})
+
+    def flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events:
+            self._events.close()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line torn by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file in one piece: whoever reads it sees the old text or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class Progress:
+    """A bar with the time left on a terminal; in a log, a plain line at most every `seconds` and one at the end."""
+
+    def __init__(self, name: str, total: int, start: int, seconds: float = 10.0):
+        self._name, self._total, self._seconds = name, total, seconds
+        self._began = self._told = time.monotonic()
+        self._start, self._timed, self._note = start, False, ""
+        bar = sys.stderr.isatty()
+        self._bar = tqdm.tqdm(total=total, initial=start, desc=name, unit="step", leave=False) if bar else None
+
+    def update(self, step: int, note: str = "") -> None:
+        self._note = note or self._note
+        now = time.monotonic()
+        if not self._timed:  # the first step compiled; the time left is judged by those after it
+            self._timed, self._start, self._began = True, step, now
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            if note:
+                self._bar.set_postfix_str(note)
+        elif self._start < step < self._total and now - self._told >= self._seconds:
+            self._told = now
+            left = (now - self._began) / (step - self._start) * (self._total - step)
+            print(f"{self._name}: step {step}/{self._total}, about {left:.0f} s left  {self._note}", flush=True)
+
+    def close(self, note: str) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        print(f"{self._name}: {note}", flush=True)
