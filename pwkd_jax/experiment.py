@@ -26,12 +26,12 @@ import pwkd_jax
 from pwkd_jax import data, distillers, models, slimmable, stages
 from pwkd_jax.config import leaves
 from pwkd_jax.errors import UserError
+from pwkd_jax.files import replace
 from pwkd_jax.models import costs
 from pwkd_jax.reporting import summary as reporting
 from pwkd_jax.training import loop, sharding, student, teacher
 from pwkd_jax.training import state as states
 from pwkd_jax.training.evaluation import Evaluator
-from pwkd_jax.training.writers import replace
 
 # Keys that may change between two commands in one workdir: they add runs to it, or change nothing of a finished one.
 FREE = ("name", "arms", "seeds", "data.data_dir", "student.ensemble", "log.every", "log.tensorboard", "checkpoint.every")

@@ -101,7 +101,9 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """What an error of a library says, as part of a sentence: its first line, without the addresses of objects."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r" <\S+ object at \w+>", "", line).rstrip(".")
 
 
 def _ranges(key: str, spec: str, name: str, shards: Mapping[str, list[int]]) -> list[Range]:
@@ -283,17 +285,24 @@ def _decode(builder, name: str, ranges: list[Range], num_classes: int) -> Split:
 def _fetch(builder, source, split: str, numbers: range) -> list[bytes]:
     """The serialised records `numbers` of `split`."""
     try:
-        return source.__getitems__(numbers)
+        records = source.__getitems__(numbers)
     except RuntimeError:
-        for number in numbers:  # find the one at fault, to name its file
-            try:
-                source[number]
-            except RuntimeError as e:
-                info = builder.info.splits[split]
-                path = info.filepaths[bisect.bisect_right(list(itertools.accumulate(info.shard_lengths)), number)]
-                what = "cannot be read" if path.exists() else "is missing"
-                raise UserError(
-                    f"data.data_dir: file {path} {what} at record {number} of split '{split}' ({_first_line(e)}); "
-                    "prepare or copy the data set again"
-                ) from e
-        raise
+        records = [b""]
+    if all(records):  # a file cut at its first 64 KiB reads as empty records, without an error
+        return records
+    records = []
+    for number in numbers:  # one at a time, to name the record and the file at fault
+        try:
+            records.append(source[number])
+            reason = "" if records[-1] else "empty record"
+        except RuntimeError as e:
+            reason = _first_line(e)
+        if reason:
+            info = builder.info.splits[split]
+            path = info.filepaths[bisect.bisect_right(list(itertools.accumulate(info.shard_lengths)), number)]
+            what = "cannot be read" if path.exists() else "is missing"
+            raise UserError(
+                f"data.data_dir: file {path} {what} at record {number} of split '{split}' ({reason}); "
+                "prepare or copy the data set again"
+            )
+    return records

@@ -10,6 +10,8 @@ from pathlib import Path
 import tqdm
 from tensorboardX import SummaryWriter
 
+from pwkd_jax.files import replace
+
 
 class Writer:
     """clu's MetricWriter methods over `metrics.jsonl` and tensorboardX (clu's own writers need TensorFlow).
@@ -61,14 +63,6 @@ def read_rows(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file in one piece: whoever reads it sees the old text or the new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 class Progress:

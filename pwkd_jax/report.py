@@ -1,0 +1,112 @@
+"""Reports on experiments from their summaries: one again, or several side by side.
+
+    python -m pwkd_jax.report runs/digits
+    python -m pwkd_jax.report runs/a runs/b --out comparison.html
+
+One work directory: prints its result table and writes its page again (report.html in it, or --out). Several: prints a
+comparison and writes its page (comparison.html here, or --out). Exits with code 2 and one sentence on a mistake.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pwkd_jax.errors import UserError
+from pwkd_jax.files import replace
+from pwkd_jax.reporting import page, words
+from pwkd_jax.reporting import summary as summaries
+
+MISSING = "(not set)"
+
+
+def name(found: dict[str, dict]) -> dict[str, dict]:
+    """The summaries of {path: summary} under their own names, with the path too where two have the same."""
+    names = [summary["name"] for summary in found.values()]
+    labels = [f"{own} ({path})" if names.count(own) > 1 else own for own, path in zip(names, found, strict=True)]
+    return dict(zip(labels, found.values(), strict=True))
+
+
+def differing(named: dict[str, dict]) -> list[list[str]]:
+    """Rows [key, value in each summary] of the config keys, dotted, that are not the same in all."""
+    flat = [_flatten(summary["config"]) for summary in named.values()]
+    rows = [[key, *(values.get(key, MISSING) for values in flat)] for key in dict.fromkeys(k for f in flat for k in f)]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def compare(named: dict[str, dict]) -> str:
+    """The comparison as plain text of at most 100 columns: the summaries numbered, then a row an arm."""
+    header, rows = words.comparison_rows(named)
+    parts = [
+        words.wrap(f"[{i}] {own}: {data}, teacher {teacher}, student {student}", "    ")
+        for i, (own, data, teacher, student, *_) in enumerate(rows, 1)
+    ]
+    parts = ["\n".join(parts)]
+    # As many summaries side by side as fit the line.
+    for first in range(0, len(rows), 5):
+        some = rows[first : first + 5]
+        numbers = [f"[{first + i}]" for i in range(1, len(some) + 1)]
+        cells = [[header[c], *(row[c] for row in some)] for c in (*range(5, len(header)), 4)]
+        parts.append(words.grid(["last top-1", *numbers], cells))
+    parts.append("gain: pwkd minus the better of kd_whole and kd_whole_cyclic, in points, seed by seed")
+    if differ := differing(named):
+        parts.append(words.wrap("Config keys that differ: " + ", ".join(row[0] for row in differ), "  "))
+    return "\n\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and gives its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pwkd_jax.report",
+        description="Prints and writes the report of one experiment, or compares several.",
+    )
+    parser.add_argument("workdir", nargs="+", help="work directory of a training that has ended, or its summary.json")
+    parser.add_argument("--out", type=Path, help="the page: report.html in the one work directory, or comparison.html")
+    options = parser.parse_args(arguments)
+    try:
+        _run(options.workdir, options.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(paths: Sequence[str], out: Path | None) -> None:
+    found: dict[str, dict] = {}
+    for path in paths:
+        if any(Path(path).resolve() == Path(other).resolve() for other in found):
+            raise UserError(f"{path} is given twice: give each work directory once")
+        found[path] = summaries.read(path)
+    if len(found) == 1:
+        path, summary = next(iter(found.items()))
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        out = out or folder / "report.html"
+        text, html = summaries.table(summary), page.report(summary)
+    else:
+        named = name(found)
+        out = out or Path("comparison.html")
+        text, html = compare(named), page.comparison(named, differing(named))
+    try:
+        replace(out, html)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror}): give --out a file in a folder that exists"
+        ) from None
+    # A terminal that cannot show a letter of someone's name must not cost the table.
+    sys.stdout.reconfigure(errors="replace")
+    print(f"{text}\n\nReport: {out}")
+
+
+def _flatten(config: dict, prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False)
+    return flat
+
+
+if __name__ == "__main__":
+    sys.exit(main())

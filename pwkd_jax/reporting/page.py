@@ -1,0 +1,170 @@
+"""The page: one HTML file that needs no network, no script and no other file, in light and dark."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from pwkd_jax.reporting import plots, words
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def report(summary: dict) -> str:
+    """The page of one experiment."""
+    config = {"title": "Full config", "text": json.dumps(summary["config"], indent=2, ensure_ascii=False)}
+    sections = [
+        _section("Results", _arm_figures(summary), _arm_tables(summary), folded=_run_table(summary)),
+        _section("Training", _training_figures(summary)),
+        _section("Stages and their snapshots", _stage_figures(summary)),
+        _section("Teachers", _teacher_figures(summary), _teacher_tables(summary)),
+        _section("Time and environment", tables=_environment_tables(summary), folded=[config]),
+    ]
+    title = f"{summary['name']}: partial to whole knowledge distillation"
+    lead = [words.headline(summary), words.standard(summary), words.setting(summary)]
+    lead.append(
+        "Accuracies are top-1 in percent at the last epoch, mean ± sample standard deviation over seeds. The best "
+        "epoch stands beside it; it is chosen on the test images, so it flatters."
+    )
+    return _render(title, lead, sections, summary["warnings"])
+
+
+def comparison(named: dict[str, dict], differing: Sequence[Sequence[str]]) -> str:
+    """The page that compares summaries, under the names given.
+
+    differing: the rows of the table of config keys that differ, [key, value in each summary].
+    """
+    header, rows = words.comparison_rows(named)
+    arms = {"caption": "Top-1 in percent at the last epoch, and what partial to whole gained in points."}
+    arms |= {"header": header, "rows": rows, "text": 4}
+    gains = _figure(
+        plots.gains(named),
+        "What partial to whole gained: pwkd minus its better control in points, mean and standard deviation of the "
+        "differences seed by seed. Left of the line it lost.",
+    )
+    text = ["" if differing else "The configs do not differ."]
+    config = {"caption": "Config keys that differ.", "header": ["key", *named], "rows": differing}
+    config |= {"text": 1 + len(named)}
+    warned = [f"{name}: {line}" for name, summary in named.items() for line in summary["warnings"]]
+    sections = [
+        _section("Results", gains, [arms], [f"{name}: {words.headline(summary)}" for name, summary in named.items()]),
+        _section("Config", tables=[config] if differing else [], text=text),
+    ]
+    lead = [f"Experiments compared: {', '.join(named)}."]
+    return _render(f"Comparison of {words.plural(len(named), 'experiment')}", lead, sections, warned)
+
+
+def _render(title: str, lead: Sequence[str], sections: Sequence[dict], warnings: Sequence[str]) -> str:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title,
+        headlines=[line for line in lead if line],
+        sections=[section for section in sections if section],
+        warnings=warnings,
+        light=plots.colours(dark=False),
+        dark=plots.colours(dark=True),
+    )
+
+
+def _section(
+    title: str,
+    figures: Sequence[dict] = (),
+    tables: Sequence[dict] = (),
+    text: Sequence[str] = (),
+    folded: Sequence[dict] = (),
+) -> dict | None:
+    """A section, or None if there is nothing in it."""
+    text = [line for line in text if line]
+    if not (figures or tables or text or folded):
+        return None
+    return {"title": title, "figures": figures, "tables": tables, "text": text, "folded": folded}
+
+
+def _figure(svg: str, caption: str, wide: bool = False) -> list[dict]:
+    return [{"svg": svg, "caption": caption, "wide": wide}] if svg else []
+
+
+def _arm_figures(summary: dict) -> list[dict]:
+    side = "Top-1 at the last epoch: mean, one standard deviation, and each seed as a small dot below. "
+    side += "The axis is cut to where the arms differ; it does not start at 0."
+    return _figure(plots.arms(summary), side)
+
+
+def _stage_figures(summary: dict) -> list[dict]:
+    ends = "Top-1 at the end of each stage, mean and standard deviation over seeds. The axis is cut."
+    last = "Extra, not the headline: averaging the last snapshots, one from each stage's end. The axis is cut."
+    return [
+        *_figure(plots.stage_ends(summary), ends),
+        *_figure(plots.ensembles(summary), last),
+    ]
+
+
+def _training_figures(summary: dict) -> list[dict]:
+    caption = "Above: top-1 of the student, mean over seeds"
+    if any(arm["top1_last"]["n"] > 1 for arm in summary["arms"].values()):
+        caption += "; faint lines are single seeds" + " of pwkd and its two controls" * (len(summary["arms"]) > 4)
+    caption += ". The axis is cut, so the first evaluations may lie below it. "
+    caption += "Below: the learning rate, once for arms that share it."
+    if "pwkd" in summary["arms"]:
+        caption += " Bands are the stages of pwkd, with the width of the sub-network that teaches."
+    return _figure(plots.curves(summary), caption, wide=True)
+
+
+def _teacher_figures(summary: dict) -> list[dict]:
+    caption = "Top-1 of the frozen teachers at the last epoch, by {}. The axis is cut."
+    cost = caption.format("multiply-accumulates of one image; the cross is the student")
+    return [
+        *_figure(plots.teacher(summary, "width"), caption.format("width")),
+        *_figure(plots.teacher(summary, "macs"), cost),
+    ]
+
+
+def _arm_tables(summary: dict) -> list[dict]:
+    caption = "Top-1 in percent of each arm. All arms share epochs, batches and the base distiller."
+    header = ["arm", "teacher and schedule", "last", "best", "seeds"]
+    rows = words.arm_rows(summary)
+    return [{"caption": caption, "header": header, "rows": rows, "text": 2}] if rows else []
+
+
+def _run_table(summary: dict) -> list[dict]:
+    rows = [
+        [
+            run["arm"],
+            str(run["seed"]),
+            f"{run['top1_last']:.2f}",
+            f"{run['top1_best']:.2f}",
+            ", ".join(f"{end:.2f}" for end in run["stage_ends"]),
+            words.duration(run["seconds"]),
+            f"{run['images_per_second']:,.0f}",
+        ]
+        for run in summary["runs"]
+    ]
+    header = ["arm", "seed", "last", "best", "stage ends", "time", "images/s"]
+    table = {"caption": "Top-1 in percent of each arm and seed.", "header": header, "rows": rows, "text": 1}
+    return [{"title": "Every run", "table": table}] if rows else []
+
+
+def _teacher_tables(summary: dict) -> list[dict]:
+    header = ["teacher", "width", "params", "MACs", "last", "best"]
+    rows = words.teacher_rows(summary)
+    return [{"caption": "Top-1 in percent of each teacher.", "header": header, "rows": rows, "text": 1}] if rows else []
+
+
+def _environment_tables(summary: dict) -> list[dict]:
+    spent = [
+        [f"{kind} teacher", f"{t['epochs']:g}", f"{t['steps']:,}", t["seconds"], t["images_per_second"]]
+        for kind, t in summary["teachers"].items()
+    ]
+    for name in summary["arms"]:
+        runs = [run for run in summary["runs"] if run["arm"] == name]
+        epochs = f"{runs[0]['curve'][-1]['epoch']:g}" if runs[0]["curve"] else "-"
+        each = (words.stat([run[key] for run in runs])["mean"] for key in ("seconds", "images_per_second"))
+        spent.append([name, epochs, f"{runs[0]['plan'][-1]['end']:,}", *each])
+    spent = [[*cells, words.duration(seconds), f"{rate:,.0f}"] for *cells, seconds, rate in spent]
+    environment = {**summary["environment"], "time of all training": words.duration(summary["seconds"])}
+    rows = [[key, str(value)] for key, value in environment.items()]
+    header = ["training", "epochs", "steps", "time", "images/s"]
+    caption = "Time of each training, mean over seeds."
+    times = [{"caption": caption, "header": header, "rows": spent, "text": 1}] if spent else []
+    return [*times, {"caption": "What it ran on.", "header": ["package or fact", "value"], "rows": rows, "text": 2}]

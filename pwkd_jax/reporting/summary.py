@@ -1,0 +1,218 @@
+"""The summary of an experiment, `summary.json` in the work directory: what every table and picture is made from.
+
+All accuracies are top-1 in percent, times in seconds. A `stat` is {"mean", "std", "n"}: std is the sample standard
+deviation (ddof = 1), null where n = 1. Numbers that are not finite are null.
+
+    format, version     "pwkd_jax.summary", 1
+    name, seconds       of the experiment, and of all its training
+    config              as it was run, nested
+    environment         versions of pwkd_jax, python, jax, jaxlib, flax, optax, orbax-checkpoint and numpy; device,
+                        device_count, git_commit ("unknown" if none), git_dirty
+    data                name, train_images, test_images, num_classes, image_shape
+    teachers            {"slimmable": T, "standard": T}, either may be absent. T: model, steps, epochs, seconds,
+                        images_per_second, widths = [{width, params, macs, top1_last, top1_best}],
+                        curve = [{step, epoch, learning_rate, train_loss, top1: {width: %}}]
+    student             model, params, macs
+    runs                one for each arm and seed: arm, seed, top1_last, top1_best, seconds, images_per_second,
+                        plan = [{teacher, widths, start, end}] in steps, cycles = [[start, end]],
+                        stage_ends = [% at the end of each stage], ensemble = [{members, top1}] of the last snapshots,
+                        curve = [{step, epoch, learning_rate, train_loss, top1}], learning_rates = [[step, rate]]
+    ensemble_members    how many of the last snapshots make the ensemble that the tables show
+    arms                {arm: A} in the order of the controls. A: plan and cycles (of its first seed),
+                        runs = [{seed, top1_last, top1_best}], top1_last and top1_best: stats, stage_ends: a stat for
+                        each stage, ensemble: a stat with `members`, or null
+    gain                partial_to_whole: pwkd minus the better (by mean top1_last) of kd_whole and kd_whole_cyclic: a
+                        stat of the differences seed by seed, with against (the control), per_seed ({seed: points}) and
+                        note (null, or what was missing); null with a `reason` (else null). over_kd_standard: the
+                        same over kd_standard, or null
+    warnings            sentences: the teacher's sanity gates that failed
+"""
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pwkd_jax.errors import UserError
+from pwkd_jax.files import replace
+from pwkd_jax.reporting import page, words
+
+FORMAT, VERSION = "pwkd_jax.summary", 1
+ORDER = ("alone", "kd_standard", "kd_whole", "kd_whole_cyclic", "pwkd", "pwkd_reversed", "pwkd_random")
+KEYS = ("name", "config", "environment", "data", "teachers", "student", "runs", "arms", "gain", "warnings", "seconds")
+
+
+def build(
+    *,
+    name: str,
+    config: dict,
+    environment: dict,
+    data: dict,
+    teachers: dict,
+    student: dict,
+    runs: list[dict],
+    seconds: float,
+    ensemble_members: int,
+) -> dict:
+    """The summary, by the schema above; plain JSON values only, so `read` gives back what `build` gave.
+
+    ensemble_members: report the ensemble of this many last snapshots, where a run has it.
+    Raises ValueError if two runs have the same arm and seed.
+    """
+    found = [(run["arm"], run["seed"]) for run in runs]
+    if len(set(found)) != len(found):
+        raise ValueError(f"each arm and seed once, got {sorted(found)}")
+    names = sorted({arm for arm, _ in found}, key=lambda arm: (ORDER.index(arm) if arm in ORDER else len(ORDER), arm))
+    arms = {arm: _arm([run for run in runs if run["arm"] == arm], ensemble_members) for arm in names}
+    return _plain(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": name,
+            "config": config,
+            "environment": environment,
+            "data": data,
+            "teachers": teachers,
+            "student": student,
+            "runs": runs,
+            "ensemble_members": ensemble_members,
+            "arms": arms,
+            "gain": _gain(arms),
+            "warnings": _warnings(teachers, arms),
+            "seconds": seconds,
+        }
+    )
+
+
+def write(summary: dict, workdir: str | os.PathLike) -> None:
+    """Writes `summary.json` and `report.html` into `workdir`, each whole or not at all."""
+    # The numbers first: no trouble with a picture may cost them.
+    replace(Path(workdir) / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    replace(Path(workdir) / "report.html", page.report(summary))
+
+
+def read(path: str | os.PathLike) -> dict:
+    """The summary in a work directory, or in a file. Raises UserError if there is none that this version can read."""
+    path = Path(path)
+    file = path / "summary.json" if path.is_dir() else path
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{file} does not exist: give the work directory of a training that has ended, or its summary.json"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}): give a summary.json as training wrote it") from None
+    if not isinstance(summary, dict) or summary.get("format") != FORMAT:
+        raise UserError(f'{file} is not a summary: its "format" should be "{FORMAT}"')
+    version = summary.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise UserError(f'{file} has version {version!r}: its "version" should be a whole number from 1 to {VERSION}')
+    if version > VERSION:
+        raise UserError(
+            f"{file} has version {version}, and this pwkd_jax reads up to {VERSION}: use the pwkd_jax that wrote it, "
+            "or a newer one"
+        )
+    if missing := [key for key in KEYS if key not in summary]:
+        raise UserError(f"{file} lacks {', '.join(missing)}: give a summary.json as training wrote it")
+    return summary
+
+
+def table(summary: dict) -> str:
+    """The results as plain text of at most 100 columns, as training prints them at its end."""
+    parts = [words.wrap(f"{summary['name']}: {words.setting(summary)}")]
+    if rows := words.teacher_rows(summary):
+        parts.append(words.grid(("teacher", "width", "params", "MACs", "last", "best"), rows))
+    if rows := words.arm_rows(summary):
+        parts.append(words.grid(("arm", "teacher and schedule", "last", "best", "n"), rows, text=2, folded=1))
+        parts.append("Top-1 in percent, mean ± sample standard deviation over n seeds; last epoch is the headline.")
+    parts += [words.wrap(line) for line in (words.headline(summary), words.standard(summary)) if line]
+    parts += [words.wrap(f"Warning: {line}", "  ") for line in summary["warnings"]]
+    return "\n\n".join(parts)
+
+
+def _arm(runs: list[dict], members: int) -> dict:
+    ensemble = [e["top1"] for run in runs for e in run["ensemble"] if e["members"] == members]
+    return {
+        "plan": runs[0]["plan"],
+        "cycles": runs[0]["cycles"],
+        "runs": [{key: run[key] for key in ("seed", "top1_last", "top1_best")} for run in runs],
+        "top1_last": words.stat([run["top1_last"] for run in runs]),
+        "top1_best": words.stat([run["top1_best"] for run in runs]),
+        "stage_ends": [words.stat(ends) for ends in zip(*(run["stage_ends"] for run in runs), strict=True)],
+        "ensemble": {"members": members, **words.stat(ensemble)} if ensemble else None,
+    }
+
+
+def _gain(arms: dict) -> dict:
+    controls = [arm for arm in words.CONTROLS if arm in arms]
+    whole, reason = None, None
+    if "pwkd" not in arms:
+        reason = "pwkd did not run"
+    elif not controls:
+        reason = f"neither {' nor '.join(words.CONTROLS)} ran"
+    else:
+        missing = [f"{arm} did not run" for arm in words.CONTROLS if arm not in arms]
+        whole = _difference(arms, max(controls, key=lambda arm: arms[arm]["top1_last"]["mean"]), missing)
+        reason = None if whole else "pwkd and its better control share no seed"
+    standard = _difference(arms, "kd_standard", []) if {"pwkd", "kd_standard"} <= arms.keys() else None
+    return {"partial_to_whole": whole, "reason": reason, "over_kd_standard": standard}
+
+
+def _difference(arms: dict, against: str, notes: list[str]) -> dict | None:
+    """pwkd minus `against`, seed by seed over the seeds that both ran; None if there are none."""
+    ours, theirs = ({run["seed"]: run["top1_last"] for run in arms[arm]["runs"]} for arm in ("pwkd", against))
+    both = [seed for seed in ours if seed in theirs]
+    if not both:
+        return None
+    if len(both) < max(len(ours), len(theirs)):
+        notes = [*notes, f"pwkd and {against} share only {words.plural(len(both), 'seed')}"]
+    per_seed = {str(seed): ours[seed] - theirs[seed] for seed in both}
+    note = "; ".join(notes) or None
+    return {**words.stat(list(per_seed.values())), "against": against, "per_seed": per_seed, "note": note}
+
+
+def _warnings(teachers: dict, arms: dict) -> list[str]:
+    """The sanity gates of a slimmable teacher (spec A12), on last-epoch top-1."""
+    if "slimmable" not in teachers:
+        return []
+    rows = sorted(teachers["slimmable"]["widths"], key=lambda row: row["width"])
+    said = [
+        f"The slimmable teacher is less accurate at width {words.width(wide['width'])} ({wide['top1_last']:.2f} %) "
+        f"than at {words.width(narrow['width'])} ({narrow['top1_last']:.2f} %): a later stage may teach worse than an "
+        "earlier one."
+        for narrow, wide in itertools.pairwise(rows)
+        if wide["top1_last"] < narrow["top1_last"]
+    ]
+    whole, narrowest = rows[-1]["top1_last"], rows[0]["top1_last"]
+    if "standard" in teachers:
+        ordinary = max(teachers["standard"]["widths"], key=lambda row: row["width"])["top1_last"]
+        if ordinary - whole > 1:
+            said.append(
+                f"The slimmable teacher's full width ({whole:.2f} %) is more than 1 point under the standard teacher "
+                f"({ordinary:.2f} %): it pays for its widths."
+            )
+    if "alone" in arms and narrowest < arms["alone"]["top1_last"]["mean"]:
+        said.append(
+            f"The narrowest teacher, width {words.width(rows[0]['width'])} ({narrowest:.2f} %), is below the student "
+            f"trained alone ({arms['alone']['top1_last']['mean']:.2f} %): the first stage may hurt; start wider."
+        )
+    return said
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON gives it back: lists for tuples and arrays, strings for keys, null for what is not finite."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,68 @@
+"""Shared by all tests: exact float32 matrix products, and tiny networks, data and configs."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tiny shapes: compiling costs more than running, so let LLVM do less of it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from pwkd_jax import models, slimmable
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+IMAGE_SHAPE = (8, 8, 3)
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return json.loads((Path(__file__).parent / "data" / "golden.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden_logits():
+    return dict(np.load(Path(__file__).parent / "data" / "golden_logits.npz"))
+
+
+@pytest.fixture(scope="session")
+def batch():
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((16, *IMAGE_SHAPE)).astype(np.float32), rng.integers(0, 10, 16).astype(np.int32)
+
+
+def family(width: float):
+    return models.create("resnet8", width=width, num_classes=10)
+
+
+def network(**options) -> slimmable.Slimmable:
+    return slimmable.build(options.pop("make", family), options.pop("widths", WIDTHS), IMAGE_SHAPE, **options)
+
+
+def perturbed(tree, seed: int = 0):
+    """`tree` with noise on every leaf, so that no scale is still 1 and no bias still 0."""
+    leaves, treedef = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    noisy = [x + 0.1 * np.abs(rng.standard_normal(x.shape)).astype(np.float32) for x in leaves]
+    return jax.tree.unflatten(treedef, noisy)
+
+
+def close(a, b, tolerance: float) -> None:
+    """Every leaf of a equals b's within `tolerance` of that leaf's largest magnitude (at least 1)."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.shape == y.shape, path
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1, np.abs(y).max()), err_msg=str(path))
+
+
+def identical(a, b) -> bool:
+    """Whether two trees are equal bit for bit."""
+    same = jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(jax.tree.leaves(same))

@@ -1,0 +1,123 @@
+"""Distillers: KD against reference values, and the plug-in protocol with one written outside the package."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import close
+
+from pwkd_jax import distillers, models, slimmable
+from pwkd_jax.distillers.kd import kd_loss
+from pwkd_jax.errors import UserError
+
+
+class Hint(nn.Module):
+    """FitNet's idea in a few lines: a trained connector from the student's pooled features to the teacher's."""
+
+    ce_weight: float = 1.0
+    weight: float = 0.5
+
+    @nn.compact
+    def __call__(self, student, teacher, batch, step):
+        calls = self.variable("counts", "calls", lambda: jnp.zeros((), jnp.int32))
+        if not self.is_initializing():
+            calls.value += 1
+        noise = 0 * jax.random.normal(self.make_rng("distiller"))
+        guess = nn.Dense(teacher.pooled.shape[-1])(student.pooled)
+        return jnp.mean((guess - teacher.pooled) ** 2) + noise, {"stage_step": jnp.asarray(step, jnp.float32)}
+
+
+class Unnested(nn.Module):
+    """A parameter that shrinks where the teacher grows."""
+
+    @nn.compact
+    def __call__(self, student, teacher, batch, step):
+        size = 100 - teacher.pooled.shape[-1]
+        return jnp.sum(self.param("w", nn.initializers.ones, (size,))), {}
+
+
+def outputs(width: int, rng=None):
+    shapes = {"logits": (4, 10), "pooled": (4, width)}
+    if rng is None:
+        return models.Outputs(**{k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()})
+    return models.Outputs(**{k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()})
+
+
+BATCH = {
+    "image": jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32),
+    "label": jax.ShapeDtypeStruct((4,), jnp.int32),
+    "index": jax.ShapeDtypeStruct((4,), jnp.int32),
+}
+
+
+def test_kd_and_cross_entropy_equal_the_reference(golden, golden_logits):
+    s, t, labels = (golden_logits[k] for k in ("logits_s", "logits_t", "labels"))
+    kd, ce = golden["losses"]["KD_T4"], golden["losses"]["CE"]
+    for loss, expected in (
+        (lambda s: kd_loss(s, t, 4.0), kd),
+        (lambda s: slimmable.cross_entropy(s, labels).mean(), ce),
+    ):
+        value, grad = jax.value_and_grad(loss)(jnp.asarray(s))
+        np.testing.assert_allclose(value, expected["value"], rtol=2e-5)
+        np.testing.assert_allclose(jnp.linalg.norm(grad), expected["grad_l2_total"], rtol=1e-4)
+        with jax.enable_x64(True):
+            np.testing.assert_allclose(loss(jnp.asarray(s, jnp.float64)), expected["value_float64"], rtol=1e-6)
+
+
+def test_kd_survives_extreme_logits():
+    logits = jnp.array([[1e4, 0.0, -1e4]])
+    value, grad = jax.value_and_grad(lambda s: kd_loss(s, -logits, 4.0))(logits)
+    assert np.isfinite(value) and np.all(np.isfinite(grad))
+    assert kd_loss(logits, logits, 4.0) == 0
+
+
+def test_kd_refuses_a_temperature_of_zero():
+    with pytest.raises(UserError, match="temperature: 0 is not possible"):
+        distillers.create("kd", temperature=0.0)
+
+
+def test_total_loss_weighs_both_terms():
+    rng = np.random.default_rng(0)
+    s, t, labels = outputs(16, rng), outputs(8, rng), jnp.array([0, 1, 2, 3])
+    fitted = distillers.build(distillers.create("kd", ce_weight=0.3, weight=2.0), outputs(16), {1.0: outputs(8)}, BATCH)
+    params, state = fitted.init(jax.random.key(0))
+    total, state, metrics = fitted(params, state, 1.0, s, t, {"label": labels}, 0, jax.random.key(0))
+    expected = 0.3 * slimmable.cross_entropy(s.logits, labels).mean() + 2.0 * kd_loss(s.logits, t.logits, 4.0)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    assert not params and not state and set(metrics) == {"cross_entropy", "distillation"}
+
+
+def test_own_distiller_follows_the_widths():
+    """Its connector is a leading block: narrow stages train only theirs, and state is carried through."""
+    rng = np.random.default_rng(0)
+    widths = {0.5: outputs(8), 1.0: outputs(16)}
+    fitted = distillers.build(distillers.create("test_distillers:Hint"), outputs(12), widths, BATCH)
+    params, state = fitted.init(jax.random.key(0))
+    assert params["Dense_0"]["kernel"].shape == (12, 16) and state == {"counts": {"calls": 0}}
+    s, labels = outputs(12, rng), jnp.array([0, 1, 2, 3])
+
+    def loss(params, width, teacher):
+        total, new, metrics = fitted(params, state, width, s, teacher, {"label": labels}, 7, jax.random.key(0))
+        return total, (new, metrics)
+
+    for width, t in ((0.5, outputs(8, rng)), (1.0, outputs(16, rng))):
+        active = t.pooled.shape[-1]
+        (value, (new, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params, width, t)
+        kernel, bias = (np.asarray(params["Dense_0"][k])[..., :active] for k in ("kernel", "bias"))
+        mse = np.mean((np.asarray(s.pooled) @ kernel + bias - np.asarray(t.pooled)) ** 2)
+        np.testing.assert_allclose(value, slimmable.cross_entropy(s.logits, labels).mean() + 0.5 * mse, rtol=1e-5)
+        assert np.any(grads["Dense_0"]["kernel"][:, :active]) and not np.any(grads["Dense_0"]["kernel"][:, active:])
+        assert new == {"counts": {"calls": 1}} and metrics["stage_step"] == 7
+        teacher_grad = jax.grad(lambda t, w=width: loss(params, w, t)[0])(t)
+        close(teacher_grad, jax.tree.map(jnp.zeros_like, t), 0)
+
+
+def test_distillers_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match=r"student.distiller.name: there is no distiller 'nope': known are kd"):
+        distillers.fields("nope")
+    with pytest.raises(UserError, match=r"student.distiller.name: 'os:path' is not a Flax module"):
+        distillers.fields("os:path")
+    with pytest.raises(UserError, match=r"at teacher width 0.5 'params/w' is not a leading block"):
+        distillers.build(Unnested(), outputs(12), {0.5: outputs(8), 1.0: outputs(16)}, BATCH)
+    assert distillers.fields("kd") == {"ce_weight": 0.1, "weight": 0.9, "temperature": 4.0}
