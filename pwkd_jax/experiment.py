@@ -56,7 +56,8 @@ class Setting:
 
     def batches(self, batch_size: int, seed: int) -> Callable:
         pipeline = data.Pipeline(self.dataset.train, batch_size, seed, jax.process_index(), jax.process_count())
-        return lambda step: sharding.put_batch(self.mesh, pipeline(step))
+        labels = jax.device_put(self.dataset.train.labels, sharding.replicated(self.mesh))
+        return lambda step: sharding.put_batch(self.mesh, pipeline(step)) | {"dataset_label": labels}
 
     def cadence(self, total: int, batch_size: int) -> loop.Cadence:
         c, known = self.config, {"batch_size": batch_size, "images": len(self.dataset.train.labels), "total": total}
@@ -239,6 +240,7 @@ def _distillation(setting: Setting, net: slimmable.Slimmable, plans: dict) -> di
         "image": jax.ShapeDtypeStruct((c.batch_size, *shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((c.batch_size,), jnp.int32),
         "index": jax.ShapeDtypeStruct((c.batch_size,), jnp.int32),
+        "dataset_label": jax.ShapeDtypeStruct(setting.dataset.train.labels.shape, jnp.int32),
     }
 
     def outputs(model: nn.Module) -> models.Outputs:

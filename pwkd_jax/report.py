@@ -91,7 +91,7 @@ def _run(paths: Sequence[str], out: Path | None) -> None:
         replace(out, html)
     except OSError as error:
         raise UserError(
-            f"{out} cannot be written ({error.strerror}): give --out a file in a folder that exists"
+            f"{out} cannot be written ({error.strerror}): give --out another file"
         ) from None
     # A terminal that cannot show a letter of someone's name must not cost the table.
     sys.stdout.reconfigure(errors="replace")

@@ -150,7 +150,12 @@ def table(schedule: optax.Schedule, total: int) -> np.ndarray:
     return np.asarray(jax.vmap(schedule)(jnp.arange(total)), np.float32)
 
 
-def step_in_stage(arm_plan: Sequence[Stage]) -> Callable[[jax.Array], jax.Array]:
-    """A traced function of the global step: how many steps the current stage has seen."""
+def place(arm_plan: Sequence[Stage]) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """A traced function of the global step: (the number of the current stage, the steps that it has seen)."""
     starts = jnp.array([s.start for s in arm_plan])
-    return lambda step: step - starts[jnp.searchsorted(starts, step, side="right") - 1]
+
+    def at(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        stage = jnp.searchsorted(starts, step, side="right") - 1
+        return stage, step - starts[stage]
+
+    return at

@@ -19,20 +19,20 @@ class Hint(nn.Module):
     weight: float = 0.5
 
     @nn.compact
-    def __call__(self, student, teacher, batch, step):
+    def __call__(self, student, teacher, batch, progress):
         calls = self.variable("counts", "calls", lambda: jnp.zeros((), jnp.int32))
         if not self.is_initializing():
             calls.value += 1
         noise = 0 * jax.random.normal(self.make_rng("distiller"))
         guess = nn.Dense(teacher.pooled.shape[-1])(student.pooled)
-        return jnp.mean((guess - teacher.pooled) ** 2) + noise, {"stage_step": jnp.asarray(step, jnp.float32)}
+        return jnp.mean((guess - teacher.pooled) ** 2) + noise, {"stage_step": progress.step.astype(jnp.float32)}
 
 
 class Unnested(nn.Module):
     """A parameter that shrinks where the teacher grows."""
 
     @nn.compact
-    def __call__(self, student, teacher, batch, step):
+    def __call__(self, student, teacher, batch, progress):
         size = 100 - teacher.pooled.shape[-1]
         return jnp.sum(self.param("w", nn.initializers.ones, (size,))), {}
 
@@ -48,6 +48,7 @@ BATCH = {
     "image": jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32),
     "label": jax.ShapeDtypeStruct((4,), jnp.int32),
     "index": jax.ShapeDtypeStruct((4,), jnp.int32),
+    "dataset_label": jax.ShapeDtypeStruct((50,), jnp.int32),
 }
 
 
@@ -82,7 +83,7 @@ def test_total_loss_weighs_both_terms():
     s, t, labels = outputs(16, rng), outputs(8, rng), jnp.array([0, 1, 2, 3])
     fitted = distillers.build(distillers.create("kd", ce_weight=0.3, weight=2.0), outputs(16), {1.0: outputs(8)}, BATCH)
     params, state = fitted.init(jax.random.key(0))
-    total, state, metrics = fitted(params, state, 1.0, s, t, {"label": labels}, 0, jax.random.key(0))
+    total, state, metrics = fitted(params, state, 1.0, s, t, {"label": labels}, distillers.START, jax.random.key(0))
     expected = 0.3 * slimmable.cross_entropy(s.logits, labels).mean() + 2.0 * kd_loss(s.logits, t.logits, 4.0)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     assert not params and not state and set(metrics) == {"cross_entropy", "distillation"}
@@ -96,9 +97,10 @@ def test_own_distiller_follows_the_widths():
     params, state = fitted.init(jax.random.key(0))
     assert params["Dense_0"]["kernel"].shape == (12, 16) and state == {"counts": {"calls": 0}}
     s, labels = outputs(12, rng), jnp.array([0, 1, 2, 3])
+    progress = distillers.Progress(jnp.int32(1), jnp.int32(7), jnp.float32(0.5))
 
     def loss(params, width, teacher):
-        total, new, metrics = fitted(params, state, width, s, teacher, {"label": labels}, 7, jax.random.key(0))
+        total, new, metrics = fitted(params, state, width, s, teacher, {"label": labels}, progress, jax.random.key(0))
         return total, (new, metrics)
 
     for width, t in ((0.5, outputs(8, rng)), (1.0, outputs(16, rng))):

@@ -413,7 +413,7 @@ def test_command_mistakes(tmp_path, capsys):
     summary.write(build({}), tmp_path)
     for arguments, said in (
         ([tmp_path, tmp_path / "."], "is given twice"),
-        ([tmp_path, "--out", tmp_path / "none" / "x.html"], "x.html cannot be written (No such file or directory)"),
+        ([tmp_path, "--out", tmp_path / "summary.json" / "x.html"], "x.html cannot be written ("),
     ):
         assert report.main(list(map(str, arguments))) == 2
         assert re.fullmatch(rf"error: [^\n]*{re.escape(said)}[^\n]*\n", capsys.readouterr().err)

@@ -59,8 +59,10 @@ class Bench:
         params, statistics = self.net.init(jax.random.key(9), SHAPE)
         self.frozen = teacher.freeze(self.net, params, statistics)
         self.model, self.plan, self.tx = Tiny(width=0.25), plan, optimizer(**options)
-        self.pipeline = data.Pipeline(split(40), BATCH, 3)
-        shapes = {"image": (BATCH, *SHAPE), "label": (BATCH,), "index": (BATCH,)}
+        images = split(40)
+        pipeline = data.Pipeline(images, BATCH, 3)
+        self.pipeline = lambda step: pipeline(step) | {"dataset_label": images.labels}
+        shapes = {"image": (BATCH, *SHAPE), "label": (BATCH,), "index": (BATCH,), "dataset_label": (40,)}
         batch = {k: jax.ShapeDtypeStruct(s, jnp.float32 if k == "image" else jnp.int32) for k, s in shapes.items()}
 
         def outputs(model):

@@ -29,5 +29,5 @@ class KD(nn.Module):
             raise UserError(f"temperature: {self.temperature:g} is not possible; it should be above 0")
         super().__post_init__()
 
-    def __call__(self, student, teacher, batch, step):
+    def __call__(self, student, teacher, batch, progress):
         return kd_loss(student.logits, teacher.logits, self.temperature), {}

@@ -21,7 +21,8 @@ class Outputs(NamedTuple):
     """What every model returns for a batch of B images.
 
     logits: [B, classes]. stages: tuple of [B, H, W, C] maps, one per residual stage, after their last ReLU.
-    preact: the same maps before that ReLU. pooled: [B, D], what the classifier reads.
+    preact: the same maps before that ReLU. pooled: [B, D], what the classifier reads. head: the classifier's
+    (kernel [D, classes], bias [classes]). norms: (scale [C], bias [C]) of the batch norm that feeds each preact map.
     A model of your own may return bare logits; feature distillers then refuse it by name.
     """
 
@@ -29,6 +30,8 @@ class Outputs(NamedTuple):
     stages: tuple[jax.Array, ...] = ()
     preact: tuple[jax.Array, ...] = ()
     pooled: jax.Array | None = None
+    head: tuple[jax.Array, jax.Array] | None = None
+    norms: tuple[tuple[jax.Array, jax.Array], ...] = ()
 
 
 class WidthError(UserError):

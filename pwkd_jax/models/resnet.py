@@ -32,7 +32,7 @@ BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 
 
 class Block(nn.Module):
-    """conv-BN-ReLU-conv-BN plus shortcut; returns the sum, before its ReLU."""
+    """conv-BN-ReLU-conv-BN plus shortcut; returns the sum, before its ReLU, and the last BN's (scale, bias)."""
 
     features: int
     stride: int
@@ -40,17 +40,18 @@ class Block(nn.Module):
     zero_gamma: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         norm = partial(BatchNorm, use_running_average=not train)
         # Explicit padding: 'SAME' with stride 2 pads on one side only, unlike the reference networks.
         y = Conv(self.features, (3, 3), strides=self.stride, padding=1, name="conv1")(x)
         y = nn.relu(norm(name="bn1")(y))
         y = Conv(self.features, (3, 3), padding=1, name="conv2")(y)
-        y = norm(name="bn2", scale_init=nn.initializers.zeros if self.zero_gamma else nn.initializers.ones)(y)
+        last = norm(name="bn2", scale_init=nn.initializers.zeros if self.zero_gamma else nn.initializers.ones)
+        y = last(y)
         if self.project:
             x = Conv(self.features, (1, 1), strides=self.stride, padding=0, name="shortcut_conv")(x)
             x = norm(name="shortcut_bn")(x)
-        return x + y
+        return x + y, (last.variables["params"]["scale"], last.variables["params"]["bias"])
 
 
 class ResNet(nn.Module):
@@ -72,16 +73,20 @@ class ResNet(nn.Module):
         stem, *stages = (channels(c, self.width, self.divisor) for c in self.full_channels)
         x = Conv(stem, (3, 3), padding=1, name="stem_conv")(x)
         x = nn.relu(BatchNorm(use_running_average=not train, name="stem_bn")(x))
-        preact = []
+        preact, norms = [], []
         for s, features in enumerate(stages):
             for b in range(self.blocks):
                 stride = 2 if s and not b else 1
                 # Decided at full width, so that every width has the same tree of parameters.
                 project = not b and (stride != 1 or self.full_channels[s] != self.full_channels[s + 1])
-                pre = Block(features, stride, project, self.zero_gamma, name=f"stage{s + 1}_block{b + 1}")(x, train)
+                block = Block(features, stride, project, self.zero_gamma, name=f"stage{s + 1}_block{b + 1}")
+                pre, norm = block(x, train)
                 x = nn.relu(pre)
             preact.append(pre)
+            norms.append(norm)
         pooled = jnp.mean(x, axis=(1, 2))
         bound = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        logits = nn.Dense(self.num_classes, kernel_init=bound, name="classifier")(pooled)
-        return Outputs(logits, tuple(nn.relu(p) for p in preact), tuple(preact), pooled)
+        classifier = nn.Dense(self.num_classes, kernel_init=bound, name="classifier")
+        logits, head = classifier(pooled), classifier.variables["params"]
+        stages = tuple(nn.relu(p) for p in preact)
+        return Outputs(logits, stages, tuple(preact), pooled, (head["kernel"], head["bias"]), tuple(norms))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from pwkd_jax import models, slimmable
-from pwkd_jax.distillers import Distillation
-from pwkd_jax.stages import Stage, step_in_stage
+from pwkd_jax.distillers import Distillation, Progress
+from pwkd_jax.stages import Stage, place
 from pwkd_jax.training import metrics
 from pwkd_jax.training.state import State, apply_gradients, create, rng
 
@@ -49,12 +49,14 @@ def make_step(
     one is drawn at each step. One program serves every stage with the same widths: what differs between them (learning
     rate, steps seen in the stage) comes from the state's step.
     """
-    seen = step_in_stage(plan)
+    locate = place(plan)
 
     def step(state: State, batch: dict, teacher: dict[float, dict]):
         images = preprocess(rng(state, 0), batch["image"])
         teacher_images = images if same_crop else preprocess(rng(state, 2), batch["image"])
         batch = batch | {"image": images}
+        stage, seen = locate(state.step)
+        progress = Progress(stage, seen, seen * (len(batch["label"]) / len(batch["dataset_label"])))
 
         def loss_fn(params, width: float | None):
             variables = {"params": params["student"], "batch_stats": state.collections["batch_stats"]}
@@ -65,9 +67,8 @@ def make_step(
                 return loss, ({**state.collections, "batch_stats": stats}, {"train_top1": top1, "cross_entropy": loss})
             taught, _ = models.apply(teachers[width], teacher[width], teacher_images, train=False)
             loss, kept, values = distillation(
-                params["distiller"], state.collections["distiller"], width, out, taught, batch, seen(state.step),
-                rng(state, 3),
-            )  # fmt: skip
+                params["distiller"], state.collections["distiller"], width, out, taught, batch, progress, rng(state, 3)
+            )
             return loss, ({"batch_stats": stats, "distiller": kept}, {"train_top1": top1, **values})
 
         gradient = jax.value_and_grad(loss_fn, has_aux=True)

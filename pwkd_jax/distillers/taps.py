@@ -1,0 +1,19 @@
+"""What a distiller asks of a pair, refused by name where a model does not have it."""
+
+from pwkd_jax.errors import UserError
+from pwkd_jax.models import Outputs
+
+
+def need(method: str, student: Outputs, teacher: Outputs, *fields: str, stages: int = 0) -> None:
+    """UserError unless both models return the `fields` of `models.Outputs`, and at least `stages` stage maps.
+
+    Works on abstract outputs, so a pair is refused before anything is compiled.
+    """
+    for who, outputs in (("student", student), ("teacher", teacher)):
+        for field in fields:
+            value = getattr(outputs, field)
+            if value is None or value == ():
+                raise UserError(f"student.distiller: {method} needs '{field}', which the {who}'s model does not return")
+        for field in ("stages", "preact"):
+            if field in fields and len(getattr(outputs, field)) < stages:
+                raise UserError(f"student.distiller: {method} needs {stages} maps in '{field}'; the {who} has fewer")
