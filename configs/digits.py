@@ -13,7 +13,7 @@ def get_config(arg: str = ""):
     config.data.crop_padding = 1
 
     config.teacher.model = "resnet14"
-    config.teacher.duration = "40 epochs"
+    config.teacher.duration = "30 epochs"
     config.teacher.batch_size = 64
     config.teacher.schedule.peak = 0.1
 

@@ -130,15 +130,16 @@ def load(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     `--config=configs/digits.py:arg` calls that file's get_config('arg'); `--config.a.b=value` overrides a key.
     """
     paths = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
-    overrides = [a for a in argv if a.startswith(("--config.", "--noconfig."))]
+    # The last of several settings of a key holds; ml_collections would append one list to the other.
+    given = [a for a in argv if a.startswith(("--config.", "--noconfig."))]
+    overrides = list({_key(a): a for a in given}.values())
     rest = [a for a in argv if not a.startswith(("--config=", "--config.", "--noconfig."))]
     if len(paths) != 1 or not paths[0]:
         raise UserError("give one config file, as in --config=configs/digits.py")
     config = _complete(_from_file(paths[0]), overrides, paths[0])
     known = dict(leaves(config))
     for override in overrides:
-        key = override.partition("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.")
-        if key not in known:
+        if (key := _key(override)) not in known:
             raise UserError(f"--config.{key}: {_unknown(key, config)}")
     values = flags.FlagValues()
     try:
@@ -146,11 +147,15 @@ def load(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
         values(["train", *overrides])
     except (flags.Error, ValueError, TypeError) as e:
         named = next((o for o in overrides if o in str(e)), overrides[-1])
-        key = named.partition("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.")
+        key = _key(named)
         raise UserError(f"{named}: the key takes {_kind(known[key])}, as in --config.{key}={known[key]!r}") from e
     config = _normalise(values.config)
     check(config)
     return config, rest
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.")
 
 
 def _from_file(spec: str) -> ConfigDict:

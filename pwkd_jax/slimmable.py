@@ -304,16 +304,19 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def batch_statistics(model: nn.Module, variables: dict, images: jax.Array) -> dict:
-    """The batch-norm statistics of this one batch, nothing of the running ones mixed in (momentum 0 for the call)."""
+    """The batch-norm statistics of this one batch, with nothing of the running ones mixed in.
 
-    def forget(next_function, args, kwargs, context):
-        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
-            # A fresh module object lives for this call only, so nothing outside sees the change.
-            object.__setattr__(context.module, "momentum", 0.0)
-        return next_function(*args, **kwargs)
+    Whatever layers the model has, a training pass gives keep * old + (1 - keep) * batch for some fraction `keep`. Old
+    statistics of 1 and of 0 differ by `keep` in the result; a blank image shows it free of rounding by large values.
+    """
 
-    with nn.intercept_methods(forget):
-        return models.apply(model, variables, images, train=True)[1]
+    def after(old: float, images: jax.Array) -> dict:
+        stats = jax.tree.map(lambda s: jnp.full_like(s, old), variables["batch_stats"])
+        return models.apply(model, {**variables, "batch_stats": stats}, images, train=True)[1]
+
+    blank = jnp.zeros_like(images[:1])
+    keep = jax.tree.map(lambda one, zero: jnp.median(one - zero), after(1.0, blank), after(0.0, blank))
+    return jax.tree.map(lambda s, k: s / (1 - k), after(0.0, images), keep)
 
 
 def calibrate(batch_stats: Callable[[int], dict], batches: int) -> dict:

@@ -137,6 +137,10 @@ def test_config_files_that_are_wrong(tmp_path):
     assert (loaded.seeds, loaded.teacher.widths, loaded.student.model, rest) == (7, (0.5, 1.0), "resnet8", ["--workdir=x"])
 
 
+def test_the_last_of_several_settings_holds():
+    assert load("teacher.widths=(0.5,1.0)", "teacher.widths=(0.25,1.0)").teacher.widths == (0.25, 1.0)
+
+
 def test_another_distiller_brings_its_own_keys():
     own = "student.distiller.name=test_distillers:Hint"
     assert load(own).student.distiller.to_dict() == {"name": "test_distillers:Hint", "ce_weight": 1.0, "weight": 0.5}

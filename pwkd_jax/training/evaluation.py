@@ -48,5 +48,5 @@ class Evaluator:
         for variables in reversed(snapshots):
             probabilities = jnp.concatenate([self._softmax(model, variables, b) for b in self._batches()])
             total = total + probabilities[: len(self._split.labels)]
-            result.append(100.0 * float(np.mean(np.argmax(total, axis=-1) == self._split.labels)))
+            result.append(100.0 * float(np.mean(np.asarray(total).argmax(-1) == self._split.labels)))
         return result

@@ -1,0 +1,33 @@
+"""CIFAR-10 in the TFDS layout, with the recipe of the CIFAR distillation literature.
+
+    python -m pwkd_jax.train --config=configs/cifar10.py --workdir=runs/cifar10
+        --config.data.data_dir=/where/tfds/sets/lie     default: TFDS's own, ~/tensorflow_datasets
+
+Needs array_record files, which `tfds build cifar10 --file_format=array_record` writes. Teacher resnet32x4 of four widths,
+student resnet8x4, 240 epochs each: for a GPU or TPU. The argument `small` (--config=configs/cifar10.py:small) is the same
+road for a CPU: 5,000 images, resnet20 to a narrow resnet8, 12 epochs.
+"""
+
+from pwkd_jax.config import default
+
+
+def get_config(arg: str = ""):
+    if arg not in ("", "small"):
+        raise ValueError(f"the argument is nothing or 'small', not '{arg}'")
+    config = default().unlock()
+    config.name = "cifar10" + (f"-{arg}" if arg else "")
+    config.data.name = "cifar10"
+    config.data.num_classes = 10
+    config.data.crop_padding = 4
+    config.data.flip = True
+    config.teacher.model = "resnet32x4"
+    config.student.model = "resnet8x4"
+    if arg == "small":
+        config.data.train_split = "train[:5000]"
+        config.data.test_split = "test[:2000]"
+        config.teacher.model = "resnet20"
+        config.student.model = "resnet8"
+        config.student.width = 0.5
+        config.teacher.duration = config.student.duration = "12 epochs"
+        config.seeds = 1
+    return config.lock()

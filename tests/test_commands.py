@@ -1,0 +1,218 @@
+"""The command line as a user meets it: a whole experiment, mistakes, and kill -9 at any time."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import identical
+from orbax.checkpoint import v1 as ocp
+
+from pwkd_jax import report, stages, train
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data" / "tfds"
+TINY = [
+    "--config=configs/digits.py",
+    *(
+        f"--config.{override}"
+        for override in (
+            "teacher.model=test_training:Tiny", "student.model=test_training:Tiny", "student.width=0.5", "seeds=1",
+            "teacher.widths=(0.5,1.0)", "data.train_split=train[:150]", "data.test_split=test[:50]",
+            "teacher.duration=24 steps", "student.duration=24 steps", "teacher.batch_size=16", "student.batch_size=16",
+            "evaluation.every=8 steps", "log.every=4 steps", "checkpoint.every=4 steps",
+        )
+    ),
+]  # fmt: skip
+
+
+def command(*arguments: str) -> tuple[list[str], dict]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return [sys.executable, "-m", "pwkd_jax.train", *TINY, *arguments], environment
+
+
+def final(workdir: Path, run: str, step: int):
+    directory = workdir / run / "checkpoints" / str(step)
+    return jax.tree.map(np.asarray, ocp.load_checkpointables(directory)["state"])
+
+
+def rows(workdir: Path, run: str) -> list[dict]:
+    lines = (workdir / run / "metrics.jsonl").read_text().splitlines()
+    timed = ("seconds", "images_per_second")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A workdir in which every arm ran."""
+    workdir = tmp_path_factory.mktemp("all") / "work"
+    arms = "--config.arms=" + ",".join(stages.ARMS)
+    assert train.main([*TINY, arms, "--config.student.schedule.cycles=per_stage", f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+def test_every_arm_reports(finished, capsys):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary["arms"]) == set(stages.ARMS)
+    assert set(summary["teachers"]) == {"slimmable", "standard"}
+    assert [w["width"] for w in summary["teachers"]["slimmable"]["widths"]] == [0.5, 1.0]
+    for run in summary["runs"]:
+        assert run["steps"] == 24 and run["plan"][-1]["end"] == 24
+        assert len(run["stage_ends"]) == len(run["plan"]) and run["stage_ends"][-1] == run["top1_last"]
+        assert [row["step"] for row in run["curve"]] == sorted({8, 16, 24} | {s["end"] for s in run["plan"]})
+        assert run["top1_best"] == max(row["top1"] for row in run["curve"])
+        assert len(run["ensemble"]) == (len(run["plan"]) if len(run["plan"]) > 1 else 0)
+        if run["ensemble"]:
+            assert run["ensemble"][0]["top1"] == run["top1_last"]  # an ensemble of one is the student itself
+    by_arm = {run["arm"]: run for run in summary["runs"]}
+    assert by_arm["kd_whole"]["cycles"] == [[0, 24]] and by_arm["pwkd"]["cycles"] == [[0, 12], [12, 24]]
+    assert summary["gain"]["partial_to_whole"]["n"] == 1
+    assert "<svg" in (finished / "report.html").read_text()
+    # Again: nothing is trained anew, and report reads what is there.
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("metrics.jsonl")}
+    assert train.main([*TINY, "--config.arms=alone,pwkd", f"--workdir={finished}"]) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("metrics.jsonl")}
+    assert report.main([str(finished)]) == 0
+    assert "pwkd" in capsys.readouterr().out
+
+
+def test_one_whole_stage_is_plain_distillation(tmp_path):
+    """K = 1, width 1, one cycle: the arms pwkd and kd_whole are the same run, bit for bit."""
+    one = ["--config.student.widths=(1.0,)", "--config.arms=kd_whole,pwkd", f"--workdir={tmp_path / 'w'}"]
+    assert train.main([*TINY, *one]) == 0
+    a, b = (final(tmp_path / "w", f"students/{arm}/seed0", 24) for arm in ("kd_whole", "pwkd"))
+    assert identical(a, b)
+
+
+def test_arms_and_seeds_can_be_added_to_a_workdir(tmp_path, capsys):
+    where = f"--workdir={tmp_path / 'w'}"
+    assert train.main([*TINY, "--config.arms=alone", where]) == 0
+    first = final(tmp_path / "w", "students/alone/seed0", 24)
+    assert train.main([*TINY, "--config.arms=alone,kd_whole", "--config.seeds=2", where]) == 0
+    assert identical(first, final(tmp_path / "w", "students/alone/seed0", 24))
+    summary = json.loads((tmp_path / "w" / "summary.json").read_text())
+    assert {(r["arm"], r["seed"]) for r in summary["runs"]} == {(a, s) for a in ("alone", "kd_whole") for s in (0, 1)}
+    capsys.readouterr()
+    assert train.main([*TINY, "--config.student.schedule.peak=0.3", where]) == 2
+    assert "holds runs with student.schedule.peak = 0.1, not 0.3; give another workdir" in capsys.readouterr().err
+
+
+KILLS = [("teacher/slimmable", 8), ("students/pwkd/seed0", 16), ("students/pwkd/seed0", 12)]
+
+
+def test_killed_at_any_time_ends_like_an_unbroken_run(tmp_path):
+    """kill -9 in the teacher's training, at a stage's end and within stage 2; the same command again ends bit-identical."""
+    options = ["--config.arms=pwkd", "--config.student.reset=momentum"]
+    line, environment = command(*options, f"--workdir={tmp_path / 'whole'}")
+    subprocess.run(line, env=environment, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    line, environment = command(*options, f"--workdir={tmp_path / 'broken'}")
+    killed = 0
+    for run, step in sorted(KILLS, key=lambda k: (k[0] != "teacher/slimmable", k[1])):
+        process = subprocess.Popen(line, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        waiting = tmp_path / "broken" / run / "checkpoints" / str(step)
+        deadline = time.monotonic() + 240
+        while not waiting.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "broken" / "summary.json").exists() or process.returncode == 0
+    assert killed >= 2  # the runs are short: one may be over before it is shot
+    subprocess.run(line, env=environment, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    for run in ("teacher/slimmable", "students/pwkd/seed0"):
+        assert identical(final(tmp_path / "whole", run, 24), final(tmp_path / "broken", run, 24))
+        assert rows(tmp_path / "whole", run) == rows(tmp_path / "broken", run)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--config.studnet.lr=1"], r"there is no key 'studnet\.lr'; did you mean"),
+        (["--config.student.distiller.name=nope"], r"there is no distiller 'nope'"),
+        (["--config.teacher.widths=(0.3,1.0)"], r"teacher\.widths: width 0\.3 makes 2\.4 of 8 channels"),
+        (["--config.student.width=0.3"], r"student\.width: width 0\.3 makes 2\.4 of 8 channels"),
+        (["--config.data.num_classes=100"], r"data\.num_classes.*\b100\b.*\b10\b"),
+        (["--config.data.name=cifar10", "--config.data.data_dir=/nowhere"], r"data\.data_dir.*/nowhere"),
+        (["--config.data.train_split=trian"], r"data\.train_split.*trian"),
+        (["--config.data.mean=(0.5,0.5,0.5)", "--config.data.std=(1,1,1)"], r"data\.mean: has 3 numbers.*1 channels"),
+        (["--config.student.duration=1 step"], r"student\.duration: 1 steps are too few for 2 stages"),
+        (["--verbose"], r"'--verbose' is not an option"),
+    ],
+)
+def test_mistakes_end_in_one_sentence_and_leave_nothing(arguments, sentence, tmp_path, capsys):
+    assert train.main([*TINY, *arguments, f"--workdir={tmp_path / 'w'}"]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"error: [^\n]*{sentence}[^\n]*\n", error), error
+    assert not (tmp_path / "w").exists()
+
+
+def test_mistakes_end_the_process_with_2(tmp_path):
+    line, environment = command("--config.studnet.lr=1", f"--workdir={tmp_path / 'w'}")
+    done = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert train.main(TINY) == 2 and train.main(["--help"]) == 0
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train.main([*TINY, f"--workdir={tmp_path / 'file' / 'w'}"]) == 2
+    assert "--workdir" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared TFDS data sets are not beside this checkout")
+def test_tfds_images_train_through_the_same_road(tmp_path):
+    overrides = [
+        f"data.data_dir={SHARED}", "data.train_split=train[:160]", "data.test_split=test[:40]", "arms=pwkd", "seeds=1",
+        "teacher.model=test_training:Tiny", "student.model=test_training:Tiny", "student.width=0.5",
+        "teacher.duration=4 steps", "student.duration=8 steps",
+    ]  # fmt: skip
+    arguments = ["--config=configs/cifar10.py", *(f"--config.{o}" for o in overrides), f"--workdir={tmp_path / 'w'}"]
+    assert train.main(arguments) == 0
+    summary = json.loads((tmp_path / "w" / "summary.json").read_text())
+    assert summary["data"] == {
+        "name": "cifar10", "train_images": 160, "test_images": 40, "num_classes": 10, "image_shape": [32, 32, 3]
+    }  # fmt: skip
+
+
+EIGHT = """
+import sys, jax, numpy as np
+sys.path.insert(0, "tests")
+from test_training import SHAPE, Tiny, optimizer, preprocess, split, two_stages, Bench
+from pwkd_jax import data, slimmable
+from pwkd_jax.training import loop, sharding, state as states, teacher
+assert jax.device_count() == int(sys.argv[1])
+jax.config.update("jax_default_matmul_precision", "highest")
+mesh = sharding.make_mesh()
+put = lambda pipeline: lambda n: sharding.put_batch(mesh, {k: v for k, v in pipeline(n).items() if k != "dataset_label"})
+net = slimmable.build(lambda w: Tiny(width=w), (0.25, 0.5, 1.0), SHAPE)
+tx = optimizer()
+step = sharding.jit_step(mesh, teacher.make_step(net, tx, lambda s: 0.1, preprocess, loss="inplace_mix"))
+state = jax.device_put(states.create(0, *net.init(jax.random.key(0), SHAPE), tx), sharding.replicated(mesh))
+state = loop.fit(state, step, put(data.Pipeline(split(40), 16, 0)), 5)
+bench = Bench(two_stages())
+labels = bench.pipeline(0)["dataset_label"]
+pupil = jax.device_put(bench.fresh(), sharding.replicated(mesh))
+batches = put(bench.pipeline)
+for stage in bench.plan:
+    pupil = loop.fit(pupil, bench.step(stage.widths), lambda n: batches(n) | {"dataset_label": labels}, stage.end)
+leaves = [np.asarray(x) for x in jax.tree.leaves((state.params, state.collections, pupil.params, pupil.collections))]
+np.savez(sys.argv[2], *leaves)
+"""
+
+
+def test_eight_devices_equal_one(tmp_path):
+    found = []
+    for count in (1, 8):
+        flags = f"--xla_force_host_platform_device_count={count}"
+        environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+        line = [sys.executable, "-c", EIGHT, str(count), str(tmp_path / f"{count}.npz")]
+        subprocess.run(line, env=environment, cwd=ROOT, check=True, timeout=300)
+        found.append(np.load(tmp_path / f"{count}.npz"))
+    for name in found[0].files:
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-4, atol=1e-5)
