@@ -81,7 +81,7 @@ def teacher(summary: dict, axis: str) -> str:
     if axis == "macs":
         axes.set_xscale("log")
         axes.minorticks_off()
-    kept = _apart(sorted(ticks), log=axis == "macs")
+    kept = _apart(sorted(ticks), axes.get_xlim(), log=axis == "macs")
     axes.set_xticks(kept, [ticks[x] for x in kept])
     axes.set_xlabel("width" if axis == "width" else "MACs of one image (log scale)")
     axes.set_ylabel("top-1 (%)")
@@ -257,10 +257,10 @@ def _zoom(axes: Axes, values: Sequence[float], axis: str = "y") -> None:
     line.set_major_formatter(lambda value, _: f"{value:g}" if value <= 100 else "")
 
 
-def _apart(places: Sequence[float], log: bool) -> list[float]:
-    """Those of the sorted places, from the last, whose labels have room beside each other."""
-    at = [math.log(p) for p in places] if log else list(places)
-    room, kept = 0.17 * (at[-1] - at[0]), [len(at) - 1]
+def _apart(places: Sequence[float], limits: tuple[float, float], log: bool) -> list[float]:
+    """Those of the sorted places, from the last, whose labels have room beside each other on an axis of such limits."""
+    at, (low, high) = ([math.log(p) for p in series] if log else list(series) for series in (places, limits))
+    room, kept = 0.17 * (high - low), [len(at) - 1]
     for i in reversed(range(len(at) - 1)):
         if at[kept[-1]] - at[i] >= room:
             kept.append(i)
