@@ -1,0 +1,33 @@
+"""The versions, device and commit that results depend on."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+
+import pwkd_jax
+
+
+def environment() -> dict:
+    """Versions, device and git commit, as the summary records them."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+    def git(*args: str) -> str | None:
+        try:
+            here = Path(__file__).parent
+            done = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True)
+            return done.stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    return {
+        "pwkd_jax": pwkd_jax.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+        "device": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "git_commit": git("rev-parse", "HEAD") or "unknown",
+        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+    }
