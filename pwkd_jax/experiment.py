@@ -92,14 +92,11 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
         net, tx, schedule, setting.preprocess, reduction=c.reduction, subnetworks=c.subnetworks, **sandwich
     )
     step = sharding.jit_step(setting.mesh, step)
-    calibrate = lambda frozen: frozen  # noqa: E731
-    if c.calibration.images:
-        calibrate = teacher.make_calibration(
-            net, setting.dataset.train, setting.preprocess, setting.mesh, **c.calibration
-        )
+    calibrate = teacher.make_calibration(net, setting.dataset.train, setting.preprocess, setting.mesh, **c.calibration)
 
     def freeze(state: states.State) -> dict[float, dict]:
-        return calibrate(teacher.freeze(net, state.params, state.collections))
+        frozen = teacher.freeze(net, state.params, state.collections)
+        return calibrate(frozen) if c.calibration.images else frozen
 
     def evaluate(state: states.State) -> dict[str, float]:
         scores = {w: setting.evaluator(net.members[w], v)["top1"] for w, v in freeze(state).items()}

@@ -32,7 +32,7 @@ class Evaluator:
         self._softmax = jax.jit(lambda *args: jax.nn.softmax(logits(*args)), static_argnums=0)
 
     def _batches(self):
-        for batch in data.eval_batches(self._split, self._batch_size):
+        for batch in data.eval_batches(self._split, self._batch_size, jax.process_index(), jax.process_count()):
             yield sharding.put_batch(self._mesh, batch)
 
     def __call__(self, model, variables: dict) -> dict[str, float]:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from pwkd_jax.errors import UserError
 from pwkd_jax.training.checkpoints import Checkpoints
 from pwkd_jax.training.metrics import Running
@@ -69,7 +67,7 @@ def run(
     """
     ends = [s.end for s in segments]
     checkpoints = Checkpoints(directory / "checkpoints", keep=[*keep, ends[-1]])
-    # Started anew rather than loaded where there is nothing to load; `state` only lends its shape otherwise.
+    # A checkpoint replaces the state given, which then only lends its shapes and placement.
     restored = checkpoints.restore(state)
     state = state if restored is None else restored
     begin = int(state.step)
@@ -82,7 +80,8 @@ def run(
     def record(at: int, state: State, metrics) -> None:
         running.add(metrics)
         evaluating = at % cadence.evaluate == 0 or at in ends
-        if not (evaluating or at % cadence.log == 0):
+        # A row at every checkpoint too: the next window then starts there, resumed or not.
+        if not (evaluating or at % cadence.log == 0 or at % cadence.save == 0):
             return progress.update(at)
         means = running.flush()
         if not math.isfinite(means["train_loss"]):
@@ -141,6 +140,6 @@ def snapshots(directory: Path, like: State, steps: Sequence[int]) -> list[State]
     """The states saved at `steps` of a finished run, placed as `like`."""
     checkpoints = Checkpoints(directory / "checkpoints", keep=steps)
     try:
-        return [checkpoints.restore(jax.tree.map(lambda x: x, like), step) for step in steps]
+        return [checkpoints.restore(like, step) for step in steps]
     finally:
         checkpoints.close()
