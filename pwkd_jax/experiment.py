@@ -36,8 +36,9 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     """Train what is not yet trained, write summary.json and report.html, and return the summary."""
     setting = prepare(config)
     plans = {arm: setting.plan(arm) for arm in config.arms}
-    wanted = [t for t in ("slimmable", "standard") if any(s.teacher == t for plan in plans.values() for s in plan)]
-    distillations = {t: setting.distillation(t) for t in wanted}
+    teaching = {t: {w for plan in plans.values() for s in plan if s.teacher == t for w in s.widths} for t in setting.teachers}
+    wanted = [t for t, widths in teaching.items() if widths]
+    distillations = {t: setting.distillation(t, teaching[t]) for t in wanted}
     _claim(workdir, config)
     _announce(setting, wanted)
 
@@ -159,8 +160,17 @@ def _study(setting: Setting, directory: Path, arm: str, plan, seed: int, steps, 
     def enter(state: states.State) -> states.State:
         return setting.place(student.enter_stage(state, fresh, tx, c.reset, c.connectors)) if int(state.step) else state
 
+    def judged(state: states.State) -> tuple:
+        """(model, variables) whose logits count: the student's, unless its distiller has the last word on them."""
+        if distillation is None or not distillation.predicts:
+            return setting.student, student.variables(state)
+        stage = next(s for s in plan if int(state.step) <= s.end)
+        width, net = max(stage.widths), setting.teachers[stage.teacher]
+        model = student.Assisted(setting.student, net.members[width], distillation, width)
+        return model, model.variables(state, frozen[width])
+
     def evaluate(state: states.State) -> dict[str, float]:
-        score = setting.evaluator(setting.student, student.variables(state))
+        score = setting.evaluator(*judged(state))
         return {"top1": score["top1"], "test_loss": score["loss"]}
 
     segments = [
@@ -178,7 +188,7 @@ def _study(setting: Setting, directory: Path, arm: str, plan, seed: int, steps, 
     evaluated = [r for r in rows if "top1" in r]
     at_step = {r["step"]: r["top1"] for r in evaluated}
     saved = loop.snapshots(directory, state, ends) if len(ends) > 1 else []
-    ensemble = setting.evaluator.ensemble_top1(setting.student, [student.variables(s) for s in saved])
+    ensemble = setting.evaluator.ensemble_top1([judged(s) for s in saved])
     rates = stages.table(setting.schedule("student", *setting.spans(plan)), total)
     shown = np.unique(np.concatenate([np.linspace(0, total - 1, min(total, 360)).astype(int), np.array(ends) - 1]))
     result = {

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import flax.linen as nn
 import jax
@@ -70,8 +70,8 @@ class Setting:
             return stages.cycles(plan, True), c.form, c.peak_decay
         return stages.cycles(plan, False), c.single_form or c.form, 1.0
 
-    def distillation(self, teacher: str) -> distillers.Distillation:
-        """The distiller fitted to the student and to every width of that teacher, by abstract outputs."""
+    def distillation(self, teacher: str, widths: Iterable[float]) -> distillers.Distillation:
+        """The distiller fitted to the student and to those widths of that teacher, by abstract outputs."""
         c, shape, net = self.config.student, self.dataset.image_shape, self.teachers[teacher]
         options = {k: v for k, v in c.distiller.items() if k != "name"}
         batch = {
@@ -85,8 +85,9 @@ class Setting:
             variables = models.abstract(model, shape)
             return jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, batch["image"])
 
-        teachers = {w: outputs(net.members[w]) for w in net.table}
-        return distillers.build(distillers.create(c.distiller.name, **options), outputs(self.student), teachers, batch)
+        teachers = {w: outputs(net.members[w]) for w in {*widths, net.widest}}
+        distiller = distillers.create(c.distiller.name, **options)
+        return distillers.build(distiller, outputs(self.student), teachers, batch, standardise=c.standardise_logits)
 
 
 def prepare(config: ConfigDict) -> Setting:

@@ -91,6 +91,20 @@ def test_one_whole_stage_is_plain_distillation(tmp_path):
     assert identical(a, b)
 
 
+@pytest.mark.parametrize("name", ["simkd", "kd+crd", "ft"])
+def test_methods_with_connectors_state_and_phases_go_through_the_stages(name, tmp_path):
+    options = [f"--config.student.distiller.name={name}", "--config.arms=pwkd", "--config.student.standardise_logits=true"]
+    options += [f"--config.{who}.duration=300 steps" for who in ("teacher", "student")]
+    options += [f"--config.{key}.every=100 steps" for key in ("evaluation", "checkpoint", "log")]
+    if name == "ft":
+        options += ["--config.student.distiller.initial_epochs=2", "--config.student.distiller.initial_each_stage=true"]
+    assert train.main([*TINY, *options, f"--workdir={tmp_path / 'w'}"]) == 0
+    summary = json.loads((tmp_path / "w" / "summary.json").read_text())
+    run = summary["runs"][0]
+    assert run["ensemble"][0]["top1"] == run["top1_last"]
+    assert run["curve"][-1]["train_loss"] < run["curve"][0]["train_loss"] or name == "ft"  # whose last phase is another loss
+
+
 def test_arms_and_seeds_can_be_added_to_a_workdir(tmp_path, capsys):
     where = f"--workdir={tmp_path / 'w'}"
     assert train.main([*TINY, "--config.arms=alone", where]) == 0
@@ -142,6 +156,7 @@ def test_killed_at_any_time_ends_like_an_unbroken_run(tmp_path):
         (["--config.data.train_split=trian"], r"data\.train_split.*trian"),
         (["--config.data.mean=(0.5,0.5,0.5)", "--config.data.std=(1,1,1)"], r"data\.mean: has 3 numbers.*1 channels"),
         (["--config.student.duration=1 step"], r"student\.duration: 1 steps are too few for 2 stages"),
+        (["--config.student.distiller.name=fsp"], r"student\.distiller: FSP needs 2 maps in 'stages'"),
         (["--verbose"], r"'--verbose' is not an option"),
     ],
 )

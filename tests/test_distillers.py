@@ -116,10 +116,87 @@ def test_own_distiller_follows_the_widths():
 
 
 def test_distillers_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match=r"student.distiller.name: there is no distiller 'nope': known are kd"):
+    with pytest.raises(UserError, match=r"student.distiller.name: there is no distiller 'nope': known are .*kd"):
         distillers.fields("nope")
     with pytest.raises(UserError, match=r"student.distiller.name: 'os:path' is not a Flax module"):
         distillers.fields("os:path")
     with pytest.raises(UserError, match=r"at teacher width 0.5 'params/w' is not a leading block"):
         distillers.build(Unnested(), outputs(12), {0.5: outputs(8), 1.0: outputs(16)}, BATCH)
     assert distillers.fields("kd") == {"ce_weight": 0.1, "weight": 0.9, "temperature": 4.0}
+
+
+class Phased(nn.Module):
+    """An initial phase that fits a connector, then a loss that uses it; and a say in the predictions."""
+
+    ce_weight: float = 0.0
+    weight: float = 1.0
+    initial_epochs: float = 2.0
+    initial_each_stage: bool = False
+
+    def setup(self):
+        self.connector = nn.Dense(10)
+
+    def __call__(self, student, teacher, batch, progress):
+        return jnp.mean((self.connector(student.pooled) - teacher.logits) ** 2), {}
+
+    def initial(self, student, teacher, batch, progress):
+        return 7.0 + jnp.mean(self.connector(student.pooled) ** 2), {}
+
+    def predict(self, student, teacher):
+        return self.connector(student.pooled)
+
+
+def fit(distiller, **options):
+    widths = {0.5: outputs(8), 1.0: outputs(16)}
+    return distillers.build(distiller, outputs(12), widths, BATCH, **options)
+
+
+@pytest.mark.parametrize("each, stage, epoch, first", [
+    (False, 0, 0.0, True), (False, 0, 1.9, True), (False, 0, 2.0, False), (False, 1, 0.0, False), (True, 1, 0.0, True),
+])  # fmt: skip
+def test_an_initial_phase_has_its_own_loss_and_time(each, stage, epoch, first):
+    rng = np.random.default_rng(1)
+    s, t, batch = outputs(12, rng), outputs(16, rng), {"label": jnp.array([0, 1, 2, 3])}
+    fitted = fit(Phased(initial_each_stage=each))
+    params, state = fitted.init(jax.random.key(0))
+    progress = distillers.Progress(jnp.int32(stage), jnp.int32(5), jnp.float32(epoch))
+    total = jax.jit(lambda p: fitted(p, state, 1.0, s, t, batch, progress, jax.random.key(0))[0])(params)
+    guess = s.pooled @ params["connector"]["kernel"] + params["connector"]["bias"]
+    expected = 7.0 + np.mean(guess**2) if first else np.mean((guess - t.logits) ** 2)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(fitted.predict(params, state, 1.0, s, t), guess, rtol=1e-5, atol=1e-6)
+    assert fitted.predicts and not fit(distillers.create("kd")).predicts
+
+
+def test_a_sum_adds_weighted_methods_and_one_cross_entropy():
+    rng = np.random.default_rng(1)
+    s, batch = outputs(12, rng), {"label": jnp.array([0, 1, 2, 3])}
+    fields = distillers.fields("kd+cc")
+    assert fields["ce_weight"] == 0.1 and fields["kd"] == {"weight": 0.9, "temperature": 4.0}
+    fitted = fit(distillers.create("kd+cc", ce_weight=0.5, kd={"weight": 2.0}, cc={"weight": 3.0}))
+    params, state = fitted.init(jax.random.key(0))
+
+    def value(which, params):
+        return which(params, state, 0.5, s, outputs(8, np.random.default_rng(2)), batch, distillers.START, jax.random.key(0))
+
+    total, _, metrics = value(fitted, params)
+    alone = fit(distillers.create("cc", ce_weight=0.0, weight=1.0))
+    cc, _, _ = value(alone, params["parts_1"])
+    taught = outputs(8, np.random.default_rng(2))
+    expected = 0.5 * metrics["cross_entropy"] + 2.0 * kd_loss(s.logits, taught.logits, 4.0) + 3.0 * cc
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    with pytest.raises(UserError, match=r"simkd replaces the student's predictions"):
+        distillers.create("kd+simkd")
+    for name in ("kd+kd", "kd+my:Own", "kd+nope"):
+        with pytest.raises(UserError, match=r"student\.distiller\.name"):
+            distillers.fields(name)
+
+
+def test_standardised_logits_reach_the_distiller_and_not_the_cross_entropy():
+    rng = np.random.default_rng(1)
+    s, t, batch = outputs(12, rng), outputs(16, rng), {"label": jnp.array([0, 1, 2, 3])}
+    fitted = fit(distillers.create("kd", temperature=2.0), standardise=True)
+    _, _, metrics = fitted({}, {}, 1.0, s, t, batch, distillers.START, jax.random.key(0))
+    z, y = ((x - x.mean(-1, keepdims=True)) / x.std(-1, ddof=1, keepdims=True) for x in map(np.asarray, (s.logits, t.logits)))
+    np.testing.assert_allclose(metrics["distillation"], kd_loss(z, y, 2.0), rtol=1e-5)
+    np.testing.assert_allclose(metrics["cross_entropy"], slimmable.cross_entropy(s.logits, batch["label"]).mean(), rtol=1e-6)

@@ -32,7 +32,10 @@ class Tiny(nn.Module):
         x = nn.Conv(models.channels(8, self.width), (3, 3), name="conv")(x)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn")(x))
         pooled = x.mean((1, 2))
-        return models.Outputs(nn.Dense(self.num_classes, name="head")(pooled), (x,), (x,), pooled)
+        head = nn.Dense(self.num_classes, name="head")
+        logits = head(pooled)
+        weights = (head.variables["params"]["kernel"], head.variables["params"]["bias"])
+        return models.Outputs(logits, (x,), (x,), pooled, weights)
 
 
 def split(n: int, seed: int = 0) -> data.Split:
@@ -224,6 +227,7 @@ def test_connectors_survive_a_stage_or_start_anew():
     initial = bench.fresh().params["distiller"]["Dense_0"]["kernel"]
     kernel = first.params["distiller"]["Dense_0"]["kernel"]
     assert np.all(np.any(kernel[:, :4] != initial[:, :4], axis=0))  # the narrow stage trains its leading block
+    assert np.array_equal(kernel[:, 4:], initial[:, 4:])  # and weight decay leaves what waits for the wide one alone
     leading = student.enter_stage(first, bench.fresh, bench.tx, (), "leading")
     assert identical(leading.params["distiller"], first.params["distiller"])
     anew = student.enter_stage(first, bench.fresh, bench.tx, (), "reinit")
@@ -231,6 +235,23 @@ def test_connectors_survive_a_stage_or_start_anew():
     assert identical(anew.params["student"], first.params["student"])
     last = bench.run(first)
     assert int(last.collections["distiller"]["counts"]["calls"]) == 12
+
+
+def test_a_method_that_predicts_is_judged_by_its_own_logits():
+    bench, images = Bench(two_stages(), distiller="simkd"), split(37)
+    state = bench.run()
+    model = student.Assisted(bench.model, bench.net.members[1.0], bench.distillation, 1.0)
+    variables, x = model.variables(state, bench.frozen[1.0]), preprocess(None, images.images)
+    out = models.apply(bench.model, student.variables(state), x, train=False)[0]
+    taught = models.apply(bench.net.members[1.0], bench.frozen[1.0], x, train=False)[0]
+    own, kept = state.params["distiller"], state.collections["distiller"]
+    logits = bench.distillation.predict(own, kept, 1.0, out, taught)
+    close(model.apply(variables, x), logits, 1e-6)
+    assert float(jnp.abs(logits - out.logits).max()) > 0.01
+    found = Evaluator(sharding.make_mesh(), images, 16, lambda x: preprocess(None, x))(model, variables)
+    assert found["top1"] == pytest.approx(100 * np.mean(np.argmax(logits, -1) == images.labels))
+    # Its student's classifier has no gradient, and weight decay leaves it alone.
+    assert identical(state.params["student"]["head"], bench.fresh().params["student"]["head"])
 
 
 def test_random_width_each_step_is_drawn_from_the_seed():
@@ -326,7 +347,7 @@ def test_ensemble_is_the_mean_softmax_of_the_last():
     softmax = [np.asarray(jax.nn.softmax(model.apply(v, preprocess(None, images.images)).logits), np.float64) for v in members]
     expected = [100 * np.mean(sum(softmax[-m:]).argmax(-1) == images.labels) for m in (1, 2, 3)]
     evaluator = Evaluator(sharding.make_mesh(), images, 16, lambda x: preprocess(None, x))
-    assert evaluator.ensemble_top1(model, members) == pytest.approx(expected)
+    assert evaluator.ensemble_top1([(model, v) for v in members]) == pytest.approx(expected)
 
 
 # On disk.
@@ -362,7 +383,7 @@ def test_a_torn_checkpoint_is_skipped(tmp_path):
 def test_donated_buffers_do_not_reach_a_checkpoint(tmp_path):
     """The step after a save overwrites the state's buffers while the save is still being written."""
     step = jax.jit(lambda s: s + 1, donate_argnums=0)
-    checkpoints, state = Checkpoints(tmp_path / "c"), jnp.zeros((512, 512))
+    checkpoints, state = Checkpoints(tmp_path / "c"), jnp.zeros((2048, 2048))
     checkpoints.save(1, {"w": state})
     for _ in range(50):
         state = step(state)

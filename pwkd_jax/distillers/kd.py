@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pwkd_jax.distillers.logits import wide
 from pwkd_jax.errors import UserError
 
 
@@ -12,8 +13,7 @@ def kd_loss(student_logits: jax.Array, teacher_logits: jax.Array, temperature: f
 
     T^2 keeps the gradient's size about independent of T. Computed in log space, so that no softmax underflows.
     """
-    log_s = jax.nn.log_softmax(student_logits / temperature)
-    log_t = jax.nn.log_softmax(teacher_logits / temperature)
+    log_s, log_t = (jax.nn.log_softmax(wide(z) / temperature) for z in (student_logits, teacher_logits))
     return temperature**2 * jnp.mean(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1))
 
 

@@ -12,7 +12,7 @@ def need(method: str, student: Outputs, teacher: Outputs, *fields: str, stages: 
     for who, outputs in (("student", student), ("teacher", teacher)):
         for field in fields:
             value = getattr(outputs, field)
-            if value is None or value == ():
+            if value is None or (isinstance(value, tuple) and not value):
                 raise UserError(f"student.distiller: {method} needs '{field}', which the {who}'s model does not return")
         for field in ("stages", "preact"):
             if field in fields and len(getattr(outputs, field)) < stages:

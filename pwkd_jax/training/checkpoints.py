@@ -32,8 +32,8 @@ class Checkpoints:
         """Start saving in the background; waits only for a save still under way."""
         if step in self.steps:
             return
-        # The next step is given this state's buffers to overwrite, so the writer gets its own.
-        self._manager.save_checkpointables_async(step, {"state": jax.tree.map(jnp.copy, state)}, force=True)
+        # Orbax has copied the arrays when this returns, so the next step may overwrite them.
+        self._manager.save_checkpointables_async(step, {"state": state}, force=True)
 
     def restore(self, like, step: int | None = None):
         """The state saved at `step` (default: the latest), shaped and placed as `like`; None if there is none.

@@ -39,14 +39,14 @@ class Evaluator:
         """{"top1": percent, "loss": mean cross entropy} of a model and its {"params", "batch_stats"}."""
         return metrics.mean(self._score(model, variables, batch) for batch in self._batches())
 
-    def ensemble_top1(self, model, snapshots: Sequence[dict]) -> list[float]:
-        """Top-1 in percent of the mean softmax of the last 1, 2, ... of `snapshots` (variables, oldest first).
+    def ensemble_top1(self, snapshots: Sequence[tuple]) -> list[float]:
+        """Top-1 in percent of the mean softmax of the last 1, 2, ... of `snapshots`: (model, variables), oldest first.
 
         Huang et al., Snapshot Ensembles, ICLR 2017.
         """
         total, result = jnp.zeros(()), []
-        for variables in reversed(snapshots):
+        for model, variables in reversed(snapshots):
             probabilities = jnp.concatenate([self._softmax(model, variables, b) for b in self._batches()])
             total = total + probabilities[: len(self._split.labels)]
-            result.append(100.0 * float(np.mean(np.asarray(total).argmax(-1) == self._split.labels)))
+            result.append(100.0 * int(np.sum(np.asarray(total).argmax(-1) == self._split.labels)) / len(self._split.labels))
         return result

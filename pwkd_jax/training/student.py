@@ -1,5 +1,6 @@
 """The student: one distillation step, taught by a frozen sub-network that was materialised once for its stage."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -19,6 +20,8 @@ def init(model: nn.Module, image_shape, distillation: Distillation | None, tx, s
     key = jax.random.key(seed)
     variables = model.init(jax.random.fold_in(key, 0), jnp.zeros((1, *image_shape)), train=False)
     params, state = distillation.init(jax.random.fold_in(key, 1)) if distillation else ({}, {})
+    # A method may begin its state as its parameters; the step is given both to overwrite, so they may not share memory.
+    state = jax.tree.map(jnp.copy, state)
     return create(
         seed,
         {"student": variables["params"], "distiller": params},
@@ -28,6 +31,7 @@ def init(model: nn.Module, image_shape, distillation: Distillation | None, tx, s
 
 
 def variables(state: State) -> dict:
+    """{"params", "batch_stats"} of the student alone."""
     return {"params": state.params["student"], "batch_stats": state.collections["batch_stats"]}
 
 
@@ -78,10 +82,27 @@ def make_step(
             (loss, (collections, values)), grads = jax.lax.switch(drawn, branches, state.params)
         else:
             (loss, (collections, values)), grads = gradient(state.params, widths[0] if widths else None)
+        before = state.params
         state, rate = apply_gradients(state, grads, collections, tx, schedule)
+        if distillation is not None:
+            state = state.replace(params=_hold(before, state.params, grads))
         return state, metrics.collect({"train_loss": loss, "learning_rate": rate, **values})
 
     return step
+
+
+def _hold(before: dict, after: dict, grads: dict) -> dict:
+    """Parameters `after` a step, those that it gave no gradient as they were `before`.
+
+    Weight decay would otherwise shrink what waits: connectors outside a narrow stage's leading block, entry by entry, and
+    whole arrays of the student that a distiller's initial phase, or a method without cross entropy, does not train.
+    PyTorch leaves such parameters alone too.
+    """
+    waiting = {
+        "student": jax.tree.map(lambda g: jnp.all(g == 0), grads["student"]),
+        "distiller": jax.tree.map(lambda g: g == 0, grads["distiller"]),
+    }
+    return jax.tree.map(lambda wait, old, new: jnp.where(wait, old, new), waiting, before, after)
 
 
 def enter_stage(
@@ -103,3 +124,28 @@ def enter_stage(
         collections["distiller"] = fresh().collections["distiller"]
     opt_state = tx.init(params) if "momentum" in reset else state.opt_state
     return state.replace(params=params, collections=collections, opt_state=opt_state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assisted:
+    """A student whose distiller has the last word on its logits (SimKD's projector and teacher head), as a model.
+
+    Its variables are {"student", "params", "state", "teacher"}: the student's own, the distiller's and the frozen
+    teacher's at `width`.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    distillation: Distillation
+    width: float
+
+    def apply(self, variables: dict, images: jax.Array, train: bool = False) -> jax.Array:
+        out, taught = (
+            models.apply(getattr(self, who), variables[who], images, train=False)[0] for who in ("student", "teacher")
+        )
+        return self.distillation.predict(variables["params"], variables["state"], self.width, out, taught)
+
+    @staticmethod
+    def variables(state: State, teacher: dict) -> dict:
+        own, kept = state.params["distiller"], state.collections["distiller"]
+        return {"student": variables(state), "params": own, "state": kept, "teacher": teacher}
