@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# test.sh [pytest arguments]: make or reuse .venv, install what tests need, lint, and run all tests, the slow ones too.
-# PYTHON=... and VENV=... choose the interpreter and the environment.
+# test.sh [--all] [pytest arguments]: make or reuse .venv, install what tests need, lint, and run the tests; with --all
+# the slow ones too. PYTHON=... and VENV=... choose the interpreter and the environment.
 set -euo pipefail
 case "${1:-}" in -h|--help) sed -n '2,3s/^# //p' "$0"; exit 0 ;; esac
+chosen=(-m "not slow")
+[ "${1:-}" = --all ] && { chosen=(); shift; }
 cd "$(dirname "$0")/.."
 . launch/venv.sh
 venv=${VENV:-.venv}
@@ -12,4 +14,4 @@ make_venv "$venv" "$python" 'pytest>=8,<10' 'pytest-xdist>=3.6,<4' 'ruff==0.14.*
 export JAX_PLATFORMS=cpu
 # Compiled programs are kept between tests and runs; each test process has one core's worth of work to do.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$venv/jax_cache} JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
-"$venv/bin/python" -m pytest -n 2 --dist worksteal "$@"
+"$venv/bin/python" -m pytest -n 2 --dist worksteal ${chosen[@]+"${chosen[@]}"} "$@"
