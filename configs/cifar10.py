@@ -6,6 +6,10 @@
 Needs array_record files, which `tfds build cifar10 --file_format=array_record` writes. Teacher resnet32x4 of four widths,
 student resnet8x4, 240 epochs each: for a GPU or TPU. The argument `small` (--config=configs/cifar10.py:small) is the same
 road for a CPU: 2,000 images, resnet8 to a narrower one, 8 epochs, one seed.
+
+The full recipe has not been run by us, so no time or accuracy of it is claimed. `small`, on the same images as JPEG, took
+four minutes on two busy CPU cores and gave, last epoch, top-1 in percent: the teacher 27.5, 34.2, 35.3 and 35.7 at widths
+0.25 to 1; alone 25.0, kd_whole 27.6, kd_whole_cyclic 28.0, pwkd 29.0. One seed: no comparison, a check that it runs.
 """
 
 from pwkd_jax.config import default
