@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a file beside `path` and move it there: a kill leaves the old text or the new, never half. Raises OSError."""
+def replace(path: Path, content: str | bytes) -> None:
+    """Write a file beside `path` and move it there: a kill leaves the old one or the new, never half. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

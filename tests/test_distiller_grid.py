@@ -44,7 +44,7 @@ class Net(nn.Module):
         head = nn.Dense(CLASSES)
         logits = head(pooled)
         weights = (head.variables["params"]["kernel"], head.variables["params"]["bias"])
-        return models.Outputs(logits, tuple(map(nn.relu, preact)), tuple(preact), pooled, weights, tuple(norms))
+        return models.Outputs(logits, tuple(map(nn.relu, preact)), tuple(preact), pooled, weights, tuple(norms), final=x)
 
 
 # What only an initial phase trains, or a search in the first epochs; here both are over.

@@ -519,13 +519,13 @@ def test_modules_in_bfloat16(name, real):
 def test_pairs_that_cannot_be_are_refused(real):
     student, teachers, batch = real
     bare = models.Outputs(student.logits)
-    for name, field in (("crd", "pooled"), ("semckd", "stages"), ("catkd", "stages"), ("mgd", "stages"), ("sokd", "stages")):
+    for name, field in (("crd", "pooled"), ("semckd", "stages"), ("catkd", "final"), ("mgd", "stages"), ("sokd", "stages")):
         with pytest.raises(UserError, match=rf"student.distiller: \S+ needs '{field}', which the student's model"):
             fit(name, (bare, teachers, batch))
         with pytest.raises(UserError, match=rf"student.distiller: \S+ needs '{field}', which the teacher's model"):
             fit(name, (student, {1.0: bare}, batch))
     wide_head = student._replace(head=(jnp.zeros((128, CLASSES)), student.head[1]))
-    with pytest.raises(UserError, match=r"CAT-KD .* the student's reads 128 features where that stage has 64: choose"):
+    with pytest.raises(UserError, match=r"CAT-KD .* the student's reads 128 features where that map has 64: 'final'"):
         fit("catkd", (wide_head, teachers, batch))
     with pytest.raises(UserError, match="SoKD needs 4 maps in 'stages'; the student has fewer"):
         fit("sokd", real, hint_stage=4)

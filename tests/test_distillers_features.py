@@ -414,6 +414,10 @@ def fitted(name, pair, **options):
 LABELS = jnp.array([0, 1, 2, 3])
 MIDWAY = distillers.Progress(jnp.int32(1), jnp.int32(100), jnp.float32(5.0))
 EQUAL_ONLY = ("fsp", "kdsvd")
+
+
+def with_stem(outputs):
+    return (*(() if outputs.stem is None else (outputs.stem,)), *outputs.stages)
 CASES = [(n, p) for n in MODULES for p in ("cross", "resnet") if p == "resnet" or n not in EQUAL_ONLY]
 
 
@@ -491,7 +495,7 @@ def test_modules_are_their_losses_on_the_taps_they_name(pairs):
         ("sp",): lambda s, t: sp_loss(s.stages[-1], t.stages[-1]),
         ("pkt",): lambda s, t: pkt_loss(s.pooled, t.pooled),
         ("nst",): lambda s, t: sum(nst_loss(*two) for two in zipped((s.stages, t.stages))),
-        ("fsp",): lambda s, t: fsp_loss(s.stages, t.stages),
+        ("fsp",): lambda s, t: fsp_loss(with_stem(s), with_stem(t)),
         ("kdsvd", ("k", 2)): lambda s, t: kdsvd_loss(zipped((s.stages, t.stages)), 2),
         ("rkd", ("distance_weight", 2.0), ("angle_weight", 0.0)): lambda s, t: 2 * distance_loss(s.pooled, t.pooled),
         ("rkd", ("distance_weight", 0.0), ("angle_weight", 3.0)): lambda s, t: 3 * angle_loss(s.pooled, t.pooled, 1),
@@ -529,7 +533,7 @@ def test_fitnet_takes_the_stage_it_is_given(pairs):
 
 def test_fsp_alone_first_then_cross_entropy_alone(pairs):
     pair = equal(pairs["same"])
-    loss = jax.jit(fsp_loss)(pair[0].stages, pair[1][1.0].stages)
+    loss = jax.jit(fsp_loss)(with_stem(pair[0]), with_stem(pair[1][1.0]))
     ce = slimmable.cross_entropy(pair[0].logits, LABELS).mean()
 
     def total(stage, epoch, **options):

@@ -35,7 +35,7 @@ class Tiny(nn.Module):
         head = nn.Dense(self.num_classes, name="head")
         logits = head(pooled)
         weights = (head.variables["params"]["kernel"], head.variables["params"]["bias"])
-        return models.Outputs(logits, (x,), (x,), pooled, weights)
+        return models.Outputs(logits, (x,), (x,), pooled, weights, final=x)
 
 
 def split(n: int, seed: int = 0) -> data.Split:

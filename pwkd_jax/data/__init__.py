@@ -4,6 +4,6 @@ the jitted step: random crops and flips on uint8, then normalisation to float32 
 
 from pwkd_jax.data.augment import augment, channel_statistics, normalise
 from pwkd_jax.data.pipeline import Pipeline, eval_batches
-from pwkd_jax.data.sources import Dataset, Split, load
+from pwkd_jax.data.sources import Dataset, Split, load, load_split
 
-__all__ = ["Dataset", "Pipeline", "Split", "augment", "channel_statistics", "eval_batches", "load", "normalise"]
+__all__ = ["Dataset", "Pipeline", "Split", "augment", "channel_statistics", "eval_batches", "load", "load_split", "normalise"]

@@ -75,15 +75,7 @@ def load(name: str, data_dir: str = "", train_split: str = "train", test_split: 
 
     Raises UserError, naming the config key or the file at fault.
     """
-    store = _digits() if name == "digits" else _tfds(name, data_dir)
-    if num_classes and store.num_classes and num_classes != store.num_classes:
-        raise UserError(
-            f"data.num_classes: it says {num_classes}, but data set '{name}' has {store.num_classes} classes; "
-            "set it to 0 to take the data set's own"
-        )
-    classes = store.num_classes or num_classes
-    if not classes:
-        raise UserError(f"data.num_classes: data set '{name}' does not say how many classes it has; give the number")
+    store, classes = _open(name, data_dir, num_classes)
     # Both specifications are checked before anything is decoded.
     train_ranges = _ranges("data.train_split", train_split, name, store.shards)
     test_ranges = _ranges("data.test_split", test_split, name, store.shards)
@@ -94,6 +86,26 @@ def load(name: str, data_dir: str = "", train_split: str = "train", test_split: 
             f"{_size(test.images.shape[1:])} in '{test_split}'; all must have one size"
         )
     return Dataset(name, train, test, classes)
+
+
+def load_split(name: str, data_dir: str, split: str, num_classes: int = 0) -> tuple[Split, int]:
+    """(one split of the data set `name`, its number of classes); arguments and errors as `load` has them."""
+    store, classes = _open(name, data_dir, num_classes)
+    return store.read(_ranges("--split", split, name, store.shards), classes), classes
+
+
+def _open(name: str, data_dir: str, num_classes: int) -> tuple[_Store, int]:
+    """(the store, its number of classes)."""
+    store = _digits() if name == "digits" else _tfds(name, data_dir)
+    if num_classes and store.num_classes and num_classes != store.num_classes:
+        raise UserError(
+            f"data.num_classes: it says {num_classes}, but data set '{name}' has {store.num_classes} classes; "
+            "set it to 0 to take the data set's own"
+        )
+    classes = store.num_classes or num_classes
+    if not classes:
+        raise UserError(f"data.num_classes: data set '{name}' does not say how many classes it has; give the number")
+    return store, classes
 
 
 def _size(shape: tuple[int, ...]) -> str:

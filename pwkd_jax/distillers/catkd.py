@@ -30,7 +30,7 @@ def cat_loss(student: jax.Array, teacher: jax.Array, resolution: int, normalised
 
 
 class CATKD(nn.Module):
-    """`cat_loss` between the class activation maps of both networks' last stage.
+    """`cat_loss` between the class activation maps of both networks' `final` maps, those that the classifier reads pooled.
 
     The authors' weight depends on the pair: 15 for resnet32x4 to resnet8x4 (the default), 0.7 for resnet56 to resnet20,
     1.8 for resnet110 to resnet32, 12 and 1.5 for wrn40-2 to wrn16-2 and wrn40-1; with `resolution` 4 and `normalised`,
@@ -49,15 +49,15 @@ class CATKD(nn.Module):
 
     @nn.compact
     def __call__(self, student, teacher, batch, progress):
-        need("CAT-KD", student, teacher, "stages", "head")
+        need("CAT-KD", student, teacher, "final", "head")
         maps = []
         for who, outputs in (("student", student), ("teacher", teacher)):
-            features, kernel = outputs.stages[-1], outputs.head[0]
+            features, kernel = outputs.final, outputs.head[0]
             if features.shape[-1] != kernel.shape[0]:
                 raise UserError(
-                    f"student.distiller: CAT-KD applies the classifier to each pixel of the last stage, and the {who}'s "
-                    f"reads {kernel.shape[0]} features where that stage has {features.shape[-1]}: choose a model whose "
-                    "classifier reads its pooled last stage, or a method of logits (kd, dkd)"
+                    f"student.distiller: CAT-KD applies the classifier to each pixel of 'final', and the {who}'s reads "
+                    f"{kernel.shape[0]} features where that map has {features.shape[-1]}: 'final' should be the map whose "
+                    "mean over pixels is 'pooled'"
                 )
             maps.append(activation_maps(features, kernel))
         return cat_loss(*maps, self.resolution, self.normalised), {}

@@ -33,7 +33,7 @@ def fsp_loss(student_maps: list[jax.Array], teacher_maps: list[jax.Array]) -> ja
 class FSP(nn.Module):
     """`fsp_loss` alone for an initial phase, then cross entropy alone: the two phases of the paper and of RepDistiller.
 
-    Over the stages; RepDistiller starts from the stem. A weight above 0 keeps the loss beside the cross entropy in the
+    Over the stages, and from the stem, as RepDistiller does, where both models give one of equal channels. A weight above 0 keeps the loss beside the cross entropy in the
     second phase as well. The products that it compares are of channels, so no width but the student's own can teach it.
     """
 
@@ -50,6 +50,9 @@ class FSP(nn.Module):
     def __call__(self, student, teacher, batch, progress):
         pairs = stage_pairs("FSP", student, teacher, stages=2)
         same_channels("FSP", "products of neighbouring stages' channels", pairs)
+        stems = student.stem, teacher.stem
+        if all(stem is not None for stem in stems) and stems[0].shape[-1] == stems[1].shape[-1]:
+            pairs = [stems, *pairs]
         return fsp_loss(*zip(*pairs, strict=True)), {}
 
     def initial(self, student, teacher, batch, progress):

@@ -42,7 +42,7 @@ class Projector(nn.Module):
 
 
 class SimKD(nn.Module):
-    """`simkd_loss` alone, of a trained projection of the student's last map to the teacher's; no label is learned from.
+    """`simkd_loss` alone, of a trained projection of the student's `final` map to the teacher's; no label is learned from.
 
     What predicts is the teacher's classifier on that projection (`predict`), the student's own classifier being left
     untrained. The larger map is average-pooled to the smaller one's size. Weights and factor as the authors have them
@@ -60,8 +60,8 @@ class SimKD(nn.Module):
     @nn.compact
     def _project(self, student, teacher, train: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(projected map, the teacher's at the same size, logits)."""
-        need("SimKD", student, teacher, "stages")
-        s, t = match(wide(student.stages[-1]), wide(teacher.stages[-1]))
+        need("SimKD", student, teacher, "final")
+        s, t = match(wide(student.final), wide(teacher.final))
         head = teacher_head("SimKD", teacher, t.shape[-1], "its last map")
         projected = Projector(t.shape[-1], self.factor, name="projector")(s, train)
         return projected, t, classify(jnp.mean(projected, axis=(1, 2)), head)

@@ -5,6 +5,7 @@ of slimming: it only builds itself narrower when its `width` is smaller, with th
 """
 
 import dataclasses
+import difflib
 import importlib
 from collections.abc import Callable
 from fractions import Fraction
@@ -20,10 +21,11 @@ from pwkd_jax.errors import UserError
 class Outputs(NamedTuple):
     """What every model returns for a batch of B images.
 
-    logits: [B, classes]. stages: tuple of [B, H, W, C] maps, one per residual stage, after their last ReLU.
+    logits: [B, classes]. stages: tuple of [B, H, W, C] maps, one per stage, after their last ReLU where they have one.
     preact: the same maps before that ReLU. pooled: [B, D], what the classifier reads. head: the classifier's
     (kernel [D, classes], bias [classes]). norms: (scale [C], bias [C]) of the batch norm that feeds each preact map.
-    A model of your own may return bare logits; feature distillers then refuse it by name.
+    stem: [B, H, W, C], what the first stage reads, before any pooling. final: [B, H, W, D], the map whose mean over pixels
+    is `pooled`. A model of your own may return bare logits; feature distillers then refuse it by name.
     """
 
     logits: jax.Array
@@ -32,6 +34,8 @@ class Outputs(NamedTuple):
     pooled: jax.Array | None = None
     head: tuple[jax.Array, jax.Array] | None = None
     norms: tuple[tuple[jax.Array, jax.Array], ...] = ()
+    stem: jax.Array | None = None
+    final: jax.Array | None = None
 
 
 class WidthError(UserError):
@@ -78,15 +82,23 @@ def from_name(name: str, builtin: Callable[[str], tuple[Callable[..., Any], dict
 
 
 def create(name: str, *, width: float = 1.0, num_classes: int = 10, **options) -> nn.Module:
-    """The model `name` at `width`: `resnet8` ... `resnet110`, `resnet8x4`, `resnet32x4`, or your own as `module:Name`.
+    """The model `name` at `width`: one of the families beside this file, each of which lists its names, or your own as
+    `module:Name`.
 
     options: what that model's constructor knows besides (`divisor`, `zero_gamma`); those at their neutral value
     (0 or False) are not passed, so that a model needs to know only what is used of it.
     Raises UserError for an unknown name or option, and WidthError for a width that does not fit.
     """
-    from pwkd_jax.models import resnet
+    from pwkd_jax.models import mobilenet, resnet, shufflenet, vgg, vit, wrn
 
-    make, fixed = from_name(name, resnet.parse, "model", resnet.KNOWN)
+    families = (resnet, wrn, vgg, mobilenet, shufflenet, vit)
+
+    def builtin(name: str):
+        return next((found for family in families if (found := family.parse(name))), None)
+
+    known = [n for family in families for n in family.KNOWN]
+    close = difflib.get_close_matches(name, known, 1, 0.7)
+    make, fixed = from_name(name, builtin, "model", (f"{close[0]} (the nearest), " if close else "") + ", ".join(known))
     options = {key: value for key, value in options.items() if value}
     known = {f.name for f in dataclasses.fields(make)} if dataclasses.is_dataclass(make) else None
     for key in options:

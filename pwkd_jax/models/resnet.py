@@ -1,8 +1,10 @@
-"""The CIFAR residual networks that the distillation literature compares on (He et al. 2016, section 4.2).
+"""Post-activation residual networks (He et al. 2016): those of CIFAR and those of ImageNet.
 
-Architecture as in RepDistiller: three stages of n = (depth - 2) / 6 post-activation basic blocks, strides 1, 2, 2, and a
-1x1 convolution with batch norm as shortcut wherever stride or channels change. `x4` nets are four times as wide after
-the stem. Kernels start from a normal with variance 2 / (k * k * channels out); the classifier from a uniform.
+`resnet8` ... `resnet110`, `resnet8x4`, `resnet32x4`: the CIFAR networks of RepDistiller, three stages of n = (depth - 2) / 6
+basic blocks, strides 1, 2, 2; `x4` nets are four times as wide after the stem. `ResNet18`, `34`, `50`, `101`: four
+stages behind a 3x3 stem without pooling, for small images; `imagenet_ResNet18` and so on: the same behind torchvision's 7x7
+stem of stride 2 and its max-pool, the stride of a bottleneck in its 3x3 convolution. A 1x1 convolution with batch norm is
+the shortcut wherever stride or channels change (option B).
 """
 
 import re
@@ -13,56 +15,73 @@ import jax
 import jax.numpy as jnp
 
 from pwkd_jax.models import Outputs, channels
+from pwkd_jax.models.layers import BatchNorm, Conv, affine, classify
 
-KNOWN = "resnet8, 14, 20, 32, 44, 56, 110 and their x4 forms (resnet8x4, resnet32x4)"
+KNOWN = (
+    *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)),
+    "resnet8x4",
+    "resnet32x4",
+    *(f"{where}ResNet{depth}" for where in ("", "imagenet_") for depth in (18, 34, 50, 101)),
+)
+STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
 def parse(name: str):
-    """(ResNet, its options) for `resnet<depth>` or `resnet<depth>x4`, or None."""
-    match = re.fullmatch(r"resnet(\d+)(x4)?", name)
-    if not match or int(match[1]) < 8 or (int(match[1]) - 2) % 6:
+    """(ResNet, its options) for a name in KNOWN, or None."""
+    if name not in KNOWN:
         return None
-    stem_and_stages = (32, 64, 128, 256) if match[2] else (16, 16, 32, 64)
-    return ResNet, {"blocks": (int(match[1]) - 2) // 6, "full_channels": stem_and_stages}
-
-
-Conv = partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
-# Flax's momentum is the fraction kept: PyTorch's 0.1 is 0.9 here.
-BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+    depth = int(re.search(r"\d+", name)[0])
+    if name.startswith("resnet"):
+        full = (32, 64, 128, 256) if name.endswith("x4") else (16, 16, 32, 64)
+        return ResNet, {"blocks": ((depth - 2) // 6,) * 3, "full_channels": full}
+    large = name.startswith("imagenet")
+    return ResNet, {"blocks": STAGES[depth], "full_channels": (64, 64, 128, 256, 512), "bottleneck": depth >= 50,
+                    "large_stem": large}  # fmt: skip
 
 
 class Block(nn.Module):
-    """conv-BN-ReLU-conv-BN plus shortcut; returns the sum, before its ReLU, and the last BN's (scale, bias)."""
+    """Two 3x3 convolutions, or a 1x1-3x3-1x1 bottleneck, plus shortcut; returns the sum, before its ReLU, and the last
+    batch norm's (scale, bias). features: channels of the sum."""
 
     features: int
     stride: int
     project: bool
+    bottleneck: bool
     zero_gamma: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         norm = partial(BatchNorm, use_running_average=not train)
-        # Explicit padding: 'SAME' with stride 2 pads on one side only, unlike the reference networks.
-        y = Conv(self.features, (3, 3), strides=self.stride, padding=1, name="conv1")(x)
-        y = nn.relu(norm(name="bn1")(y))
-        y = Conv(self.features, (3, 3), padding=1, name="conv2")(y)
-        last = norm(name="bn2", scale_init=nn.initializers.zeros if self.zero_gamma else nn.initializers.ones)
-        y = last(y)
+        inner = self.features // 4 if self.bottleneck else self.features
+        # (features, kernel size, stride); explicit padding: 'SAME' with stride 2 pads on one side only.
+        layers = [(inner, 1, 1), (inner, 3, self.stride), (self.features, 1, 1)]
+        if not self.bottleneck:
+            layers = [(inner, 3, self.stride), (inner, 3, 1)]
+        y = x
+        for i, (features, size, stride) in enumerate(layers, start=1):
+            last = i == len(layers)
+            y = Conv(features, (size, size), strides=stride, padding=size // 2, name=f"conv{i}")(y)
+            scale_init = nn.initializers.zeros if last and self.zero_gamma else nn.initializers.ones
+            bn = norm(name=f"bn{i}", scale_init=scale_init)
+            y = bn(y) if last else nn.relu(bn(y))
         if self.project:
             x = Conv(self.features, (1, 1), strides=self.stride, padding=0, name="shortcut_conv")(x)
             x = norm(name="shortcut_bn")(x)
-        return x + y, (last.variables["params"]["scale"], last.variables["params"]["bias"])
+        return x + y, affine(bn)
 
 
 class ResNet(nn.Module):
-    """Images [B, H, W, C] to Outputs with three stage maps at H, H/2 and H/4.
+    """Images [B, H, W, C] to Outputs with one map a stage: at H, H/2, H/4 (, H/8), or a quarter of that behind a large stem.
 
-    full_channels: of the stem and the three stages at width 1. divisor: see `models.channels`.
-    zero_gamma: start each block's last batch-norm scale at 0 (BigNAS and AttentiveNAS do, S-Net does not).
+    blocks: of each stage. full_channels: of the stem and the stages at width 1, for bottlenecks of their 3x3 convolutions.
+    divisor: see `models.channels`. zero_gamma: start each block's last batch-norm scale at 0 (BigNAS and AttentiveNAS do,
+    S-Net does not).
     """
 
-    blocks: int = 3
+    blocks: tuple[int, ...] = (3, 3, 3)
     full_channels: tuple[int, ...] = (16, 16, 32, 64)
+    bottleneck: bool = False
+    large_stem: bool = False
     width: float = 1.0
     num_classes: int = 10
     divisor: int = 0
@@ -70,23 +89,37 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
-        stem, *stages = (channels(c, self.width, self.divisor) for c in self.full_channels)
-        x = Conv(stem, (3, 3), padding=1, name="stem_conv")(x)
-        x = nn.relu(BatchNorm(use_running_average=not train, name="stem_bn")(x))
-        preact, norms = [], []
-        for s, features in enumerate(stages):
-            for b in range(self.blocks):
+        stem, *inner = (channels(c, self.width, self.divisor) for c in self.full_channels)
+        expansion = 4 if self.bottleneck else 1
+        size, stride = (7, 2) if self.large_stem else (3, 1)
+        x = Conv(stem, (size, size), strides=stride, padding=size // 2, name="stem_conv")(x)
+        x = first = nn.relu(BatchNorm(use_running_average=not train, name="stem_bn")(x))
+        if self.large_stem:
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        preact, norms, before = [], [], self.full_channels[0]
+        for s, (count, full) in enumerate(zip(self.blocks, self.full_channels[1:], strict=True)):
+            for b in range(count):
                 stride = 2 if s and not b else 1
                 # Decided at full width, so that every width has the same tree of parameters.
-                project = not b and (stride != 1 or self.full_channels[s] != self.full_channels[s + 1])
-                block = Block(features, stride, project, self.zero_gamma, name=f"stage{s + 1}_block{b + 1}")
+                project = not b and (stride != 1 or before != full * expansion)
+                block = Block(inner[s] * expansion, stride, project, self.bottleneck, self.zero_gamma,
+                              name=f"stage{s + 1}_block{b + 1}")  # fmt: skip
                 pre, norm = block(x, train)
                 x = nn.relu(pre)
+            before = full * expansion
             preact.append(pre)
             norms.append(norm)
         pooled = jnp.mean(x, axis=(1, 2))
-        bound = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        classifier = nn.Dense(self.num_classes, kernel_init=bound, name="classifier")
-        logits, head = classifier(pooled), classifier.variables["params"]
+        logits, head = classify(pooled, self.num_classes)
         stages = tuple(nn.relu(p) for p in preact)
-        return Outputs(logits, stages, tuple(preact), pooled, (head["kernel"], head["bias"]), tuple(norms))
+        return Outputs(logits, stages, tuple(preact), pooled, head, tuple(norms), first, x)
+
+    @staticmethod
+    def torch_names(module: str) -> tuple[str, ...]:
+        """Names of `module` in RepDistiller, mdistiller and torchvision; see `weights.torch`."""
+        top = {"stem_conv": ("conv1",), "stem_bn": ("bn1",), "classifier": ("fc", "linear")}
+        if module in top:
+            return top[module]
+        stage, block, layer = re.fullmatch(r"stage(\d+)_block(\d+)/(\w+)", module).groups()
+        part = {"shortcut_conv": ("downsample.0", "shortcut.0"), "shortcut_bn": ("downsample.1", "shortcut.1")}
+        return tuple(f"layer{stage}.{int(block) - 1}.{name}" for name in part.get(layer, (layer,)))

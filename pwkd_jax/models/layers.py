@@ -1,0 +1,33 @@
+"""Layers that the families share, with the constants and initialisers of the reference networks."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+
+# Normal with variance 2 / (k * k * channels out), He et al. 2015; for grouped kernels too, as PyTorch counts them.
+Conv = partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
+# Flax's momentum is the fraction kept: PyTorch's 0.1 is 0.9 here.
+BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+
+# What PyTorch gives a layer that nobody initialises: uniform within 1 / sqrt(fan in), kernel and bias alike.
+uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+small_normal = nn.initializers.normal(0.01)
+
+
+def uniform_bias(fan_in: int):
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def affine(norm: nn.Module) -> tuple[jax.Array, jax.Array]:
+    """(scale [C], bias [C]) of a normalisation layer that has run."""
+    return norm.variables["params"]["scale"], norm.variables["params"]["bias"]
+
+
+def classify(pooled: jax.Array, num_classes: int, kernel_init=uniform, bias_init=None):
+    """(logits [B, classes], (kernel, bias)) of a linear layer `classifier` of the calling module on [B, D]."""
+    bias_init = bias_init or uniform_bias(pooled.shape[-1])
+    layer = nn.Dense(num_classes, kernel_init=kernel_init, bias_init=bias_init, name="classifier")
+    logits = layer(pooled)
+    return logits, (layer.variables["params"]["kernel"], layer.variables["params"]["bias"])

@@ -1,0 +1,169 @@
+"""PyTorch weights: read without running anything of theirs, and translated to this project's names and layouts and back.
+
+A model's `torch_names` says what each of its modules is called elsewhere. Convolution kernels turn from [out, in, h, w] to
+[h, w, in, out], matrices from [out, in] to [in, out]; batch norm's weight is `scale`, its running mean and variance
+statistics. A transformer's joint projection [3 * D, D] is cut into query, key and value and each into heads.
+"""
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from pwkd_jax import models, weights
+from pwkd_jax.errors import UserError
+
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+JOINT = ("query", "key", "value")
+# Where training scripts keep the network's own tensors, and what wrappers put before its names.
+NESTS = ("model", "state_dict", "model_state_dict", "net", "network", "student", "teacher")
+PREFIXES = ("", "module.", "model.", "student.", "module.student.", "backbone.")
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """{name: array} of a .safetensors file, or of a PyTorch checkpoint (.pth, .pt, .tar, .bin).
+
+    Of a checkpoint, only tensors and plain containers are read; a pickle that asks for anything else is refused before it
+    is run. Raises UserError for that, for a torn or missing file, and where PyTorch is needed but not installed.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    if path.suffix == ".safetensors":
+        return weights.tensors(path)[0]
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path}: reading PyTorch checkpoints needs PyTorch (pip install torch); .safetensors files do not"
+        ) from None
+    import pickle
+
+    try:
+        # weights_only: an unpickler that knows tensors and containers, and refuses every other name.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        reason = str(e)
+        if "Unsupported" in reason or "GLOBAL" in reason:
+            raise UserError(f"{path}: holds Python objects besides tensors, which could run code; it was not loaded") from e
+        raise UserError(f"{path}: is not a whole PyTorch checkpoint") from e
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError) as e:
+        raise UserError(f"{path}: is not a whole PyTorch checkpoint ({str(e).splitlines()[0] if str(e) else 'empty'})") from e
+    found = _state_dict(content, torch.Tensor)
+    if found is None:
+        raise UserError(f"{path}: holds no state dict, neither by itself nor under {', '.join(NESTS)}")
+    return {name: tensor.detach().to(torch.float32).numpy() for name, tensor in found.items() if tensor.is_floating_point()}
+
+
+def _state_dict(content, kind: type) -> dict | None:
+    if not isinstance(content, dict):
+        return None
+    if content and all(isinstance(value, kind) for value in content.values()):
+        return content
+    return next((found for key in NESTS if (found := _state_dict(content.get(key), kind)) is not None), None)
+
+
+def classes(model: nn.Module, found: dict[str, np.ndarray]) -> int | None:
+    """The number of classes that a file's classifier has, or None where it has none of the model's names."""
+    names = [f"{prefix}{name}.bias" for prefix in PREFIXES for name in _names(model, "classifier")]
+    return next((len(found[name]) for name in names if name in found), None)
+
+
+def to_flax(
+    where: str, name: str, model: nn.Module, image_shape: tuple[int, ...], found: dict[str, np.ndarray], ignore: Sequence[str] = ()
+) -> dict:  # fmt: skip
+    """Variables of `model` (called `name` in messages) from a file's tensors.
+
+    ignore: patterns (shell style) of tensors to leave out. Raises UserError listing every tensor that is missing, of another
+    shape, or left over: nothing is dropped in silence but PyTorch's counters of batches.
+    """
+    found = {key: x for key, x in found.items() if not key.endswith("num_batches_tracked")}
+    for pattern in ignore:
+        if not (dropped := fnmatch.filter(found, pattern)):
+            raise UserError(f"--ignore: '{pattern}' is the name of nothing in {where}")
+        found = {key: x for key, x in found.items() if key not in dropped}
+    like = flatten_dict(models.abstract(model, image_shape))
+    wanted = {path: _keys(model, path) for path in like}
+    # The wrapper's prefix is the one under which most names are found.
+    prefix = max(PREFIXES, key=lambda p: sum(any(p + key in found for key in keys) for keys in wanted.values()))
+    result, used, phrases = {}, set(), []
+    for path, keys in wanted.items():
+        key = next((prefix + key for key in keys if prefix + key in found), None)
+        if key is None:
+            phrases.append(f"{prefix}{' or '.join(keys)} is not in it")
+            continue
+        used.add(key)
+        array, shape = found[key], _torch_shape(path, like[path].shape)
+        if array.shape != shape:
+            phrases.append(f"{key} is {list(array.shape)}, not {list(shape)}")
+        else:
+            result[path] = _from_torch(path, array, like[path].shape)
+    phrases += [f"{key} is not wanted" for key in sorted(found.keys() - used)]
+    weights.refuse_misfits(where, name, dict.fromkeys(phrases))
+    return unflatten_dict(result)
+
+
+def to_torch(model: nn.Module, variables: dict) -> dict[str, np.ndarray]:
+    """The inverse of `to_flax`: {name in the first of the model's reference projects: array}."""
+    flat = flatten_dict(jax.device_get(variables))
+    result: dict[str, np.ndarray] = {}
+    for path, array in flat.items():
+        key = _keys(model, path)[0]
+        if not _joint(path):
+            result[key] = _to_torch(path, np.asarray(array))
+        elif path[-2] == "query":
+            parts = [np.asarray(flat[(*path[:-2], part, path[-1])]) for part in JOINT]
+            result[key] = np.concatenate([_to_torch(path, part) for part in parts])
+    return {key: np.ascontiguousarray(array) for key, array in result.items()}
+
+
+def _names(model: nn.Module, module: str) -> tuple[str, ...]:
+    # A model of one's own is expected under its own names.
+    return model.torch_names(module) if hasattr(model, "torch_names") else (module.replace("/", "."),)
+
+
+def _keys(model: nn.Module, path: tuple[str, ...]) -> tuple[str, ...]:
+    """Names that the array at `path` (collection first) may have in a file."""
+    *module, leaf = path[1:]
+    if not module:  # a parameter of the model itself
+        return _names(model, leaf)
+    names = _names(model, "/".join(module))
+    return tuple(f"{name}{'' if name.endswith('_') else '.'}{LEAVES.get(leaf, leaf)}" for name in names)
+
+
+def _joint(path: tuple[str, ...]) -> bool:
+    return len(path) > 3 and path[-3] == "attention" and path[-2] in JOINT
+
+
+def _torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in PyTorch of an array that has `shape` here."""
+    if _joint(path):
+        width = math.prod(shape[-2:])
+        return (3 * width, shape[0]) if path[-1] == "kernel" else (3 * width,)
+    if path[-1] != "kernel":
+        return shape
+    if path[-3:-1] == ("attention", "out"):
+        shape = (math.prod(shape[:2]), shape[2])
+    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+
+
+def _from_torch(path: tuple[str, ...], array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if _joint(path):
+        array = np.split(array, 3)[JOINT.index(path[-2])]
+    if path[-1] == "kernel":
+        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+    return np.ascontiguousarray(array.reshape(shape), np.float32)
+
+
+def _to_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    if path[-1] != "kernel":
+        return array.reshape(-1) if _joint(path) else array
+    if _joint(path):
+        return array.reshape(array.shape[0], -1).T
+    if path[-3:-1] == ("attention", "out"):
+        array = array.reshape(-1, array.shape[-1])
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
