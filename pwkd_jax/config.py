@@ -64,6 +64,8 @@ def default() -> ConfigDict:
     # Table A of the algorithm: the decomposable teacher.
     config.teacher = ConfigDict({
         "model": "resnet20",  # see models.create; or module:Name
+        "weights": "",  # a .safetensors of convert or export: where training starts; kd_standard's teacher as it is
+        "order": "bn_scale",  # of its channels, the most important first, by bn_scale or l1; or none
         "widths": (0.25, 0.5, 0.75, 1.0),  # the sub-networks
         "divisor": 0,  # channels: 0 exact, otherwise rounded to multiples
         "zero_gamma": False,  # last batch-norm scale of each block starts at 0
@@ -88,6 +90,7 @@ def default() -> ConfigDict:
     # Table B: the student and its stages.
     config.student = ConfigDict({
         "model": "resnet8",
+        "weights": "",  # a .safetensors to start from
         "width": 1.0,
         "widths": (),  # the stages' teacher widths in order; (): the teacher's, narrow to wide
         "duration": "240 epochs",  # of all stages together (see budget); the controls get the same
@@ -167,6 +170,13 @@ def _from_file(spec: str) -> ConfigDict:
     if module_spec is None:
         raise UserError(f"--config: '{path}' is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
+    # As a script can, a config file may import those beside it; of modules of these names, only the ones that lie there.
+    folder = Path(path).resolve().parent
+    cached = {file.stem: sys.modules.get(file.stem) for file in folder.glob("*.py")}
+    for name, neighbour in cached.items():
+        if neighbour and Path(getattr(neighbour, "__file__", None) or "").resolve() != folder / f"{name}.py":
+            del sys.modules[name]
+    sys.path.insert(0, str(folder))
     dont_write, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         module_spec.loader.exec_module(module)
@@ -177,6 +187,11 @@ def _from_file(spec: str) -> ConfigDict:
         raise UserError(f"--config: '{spec}' fails with {type(e).__name__}: {str(e).strip().splitlines()[0]}") from e
     finally:
         sys.dont_write_bytecode = dont_write
+        sys.path.remove(str(folder))
+        for name, neighbour in cached.items():
+            sys.modules.pop(name, None)
+            if neighbour:
+                sys.modules[name] = neighbour
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: get_config of '{path}' should return a ConfigDict, not {type(config).__name__}")
     return config
@@ -272,6 +287,7 @@ def check(config: ConfigDict) -> None:
     for key, widths in (("teacher.widths", t.widths), ("teacher.pool", t.pool)):
         need(key, all(0 < w <= 1 for w in widths) and len(set(widths)) == len(widths), "different widths in (0, 1]")
     need("teacher.widths", bool(t.widths), "at least one width")
+    one_of("teacher.order", ("bn_scale", "l1", "none"))
     one_of("teacher.execution", ("take", "mask"))
     one_of("teacher.sampling", ("all", "sandwich"))
     one_of("teacher.loss", ("hard", "inplace", "inplace_mix"))

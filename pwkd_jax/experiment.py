@@ -1,13 +1,15 @@
 """One experiment: its teachers, then every arm and seed of its students, then the report. Resumes by itself.
 
-    WORKDIR/config.json                       what it was started with
-    WORKDIR/teacher/slimmable, .../standard   checkpoints, metrics.jsonl, TensorBoard events, result.json when finished
-    WORKDIR/students/ARM/seedN                the same
+    WORKDIR/config.json, data.json            what it was started with, and facts of its data
+    WORKDIR/teacher/slimmable, .../standard   checkpoints, metrics.jsonl, TensorBoard events; when finished, result.json and
+                                              the frozen weights of every width as width_W.safetensors
+    WORKDIR/students/ARM/seedN                the same without the last
     WORKDIR/summary.json, report.html
 """
 
 import functools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from pwkd_jax import slimmable, stages
+from pwkd_jax import slimmable, stages, weights
 from pwkd_jax.config import leaves
 from pwkd_jax.errors import UserError
 from pwkd_jax.files import replace
@@ -39,7 +41,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     teaching = {t: {w for plan in plans.values() for s in plan if s.teacher == t for w in s.widths} for t in setting.teachers}
     wanted = [t for t, widths in teaching.items() if widths]
     distillations = {t: setting.distillation(t, teaching[t]) for t in wanted}
-    _claim(workdir, config)
+    _claim(workdir, config, setting.facts)
     _announce(setting, wanted)
 
     taught = {name: functools.cache(functools.partial(_teach, setting, workdir, name)) for name in wanted}
@@ -61,13 +63,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
         name=config.name,
         config=json.loads(config.to_json()),
         environment=environment(),
-        data={
-            "name": setting.dataset.name,
-            "train_images": len(setting.dataset.train.labels),
-            "test_images": len(setting.dataset.test.labels),
-            "num_classes": setting.dataset.num_classes,
-            "image_shape": list(setting.dataset.image_shape),
-        },
+        data=setting.facts,
         teachers=teacher_results,
         student={"model": _title(config.student.model, config.student.width), **_costs(setting, setting.student)},
         runs=runs,
@@ -84,6 +80,8 @@ def run(config: ConfigDict, workdir: Path) -> dict:
 def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict], dict]:
     """({width: frozen variables}, result) of a teacher, trained as far as it was not yet."""
     c, net, directory = setting.config.teacher, setting.teachers[name], workdir / "teacher" / name
+    if name == "standard" and name in setting.start:
+        return _given(setting, directory)
     images = len(setting.dataset.train.labels)
     total = stages.steps(c.duration, "teacher.duration", batch_size=c.batch_size, images=images)
     tx, schedule = setting.optimizer("teacher"), setting.schedule("teacher", [(0, total)])
@@ -103,7 +101,9 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
         scores = {w: setting.evaluator(net.members[w], v)["top1"] for w, v in freeze(state).items()}
         return {f"top1_{slimmable.width_key(w)}": score for w, score in scores.items()}
 
-    params, statistics = net.init(jax.random.key(setting.config.seed), setting.dataset.image_shape)
+    given = setting.start.get(name)
+    first = net.spread(given) if given else net.init(jax.random.key(setting.config.seed), setting.dataset.image_shape)
+    params, statistics = first
     state = setting.place(states.create(setting.config.seed, params, statistics, tx))
     overview = parameter_overview.get_parameter_overview(net.extract(params, statistics, net.widest)["params"])
     replace(directory / "parameters.txt", overview + "\n")
@@ -128,8 +128,32 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
         "curve": [_row(r) | {"top1": {slimmable.width_key(w): r[k] for w, k in keys.items()}} for r in evaluated],
         **_effort(rows, total, c.batch_size, images),
     }
+    frozen = freeze(state)
+    _keep(setting, directory, name, frozen, result)
+    return frozen, result
+
+
+def _given(setting: Setting, directory: Path) -> tuple[dict[float, dict], dict]:
+    """The same of an ordinary teacher whose weights were given: it is not trained, only scored."""
+    c, net, variables = setting.config.teacher, setting.teachers["standard"], setting.place(setting.start["standard"])
+    begun = time.monotonic()
+    top1 = setting.evaluator(net.members[1.0], variables)["top1"]
+    row = {"width": 1.0, **_costs(setting, net.members[1.0]), "top1_last": top1, "top1_best": top1}
+    effort = {"steps": 0, "epochs": 0.0, "seconds": time.monotonic() - begun, "images_per_second": 0.0}
+    result = {"model": c.model, "widths": [row], "curve": [], **effort}
+    _keep(setting, directory, "standard", {1.0: variables}, result)
+    return {1.0: variables}, result
+
+
+def _keep(setting: Setting, directory: Path, name: str, frozen: dict[float, dict], result: dict) -> None:
+    """Write a finished teacher's weights, then its result."""
+    c = setting.config.teacher
+    top1 = {row["width"]: row["top1_last"] for row in result["widths"]}
+    for width, variables in frozen.items():
+        source = {"run": f"teacher/{name}", "steps": result["steps"], "top1": top1[width]}
+        card = setting.card(c.model, width, c.divisor, source)
+        weights.write(directory / f"width_{slimmable.width_key(width)}.safetensors", variables, card)
     replace(directory / "result.json", json.dumps(result))
-    return freeze(state), result
 
 
 # The student.
@@ -155,7 +179,9 @@ def _study(setting: Setting, directory: Path, arm: str, plan, seed: int, steps, 
     total, ends, tx = plan[-1].end, [s.end for s in plan], setting.optimizer("student")
 
     def fresh() -> states.State:
-        return setting.place(student.init(setting.student, setting.dataset.image_shape, distillation, tx, seed))
+        return setting.place(student.init(
+            setting.student, setting.dataset.image_shape, distillation, tx, seed, setting.start.get("student")
+        ))
 
     def enter(state: states.State) -> states.State:
         return setting.place(student.enter_stage(state, fresh, tx, c.reset, c.connectors)) if int(state.step) else state
@@ -240,8 +266,8 @@ def _result(directory: Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _claim(workdir: Path, config: ConfigDict) -> None:
-    """Write config.json, or refuse a workdir that holds runs of another config."""
+def _claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
+    """Write config.json and data.json, or refuse a workdir that holds runs of another config."""
     path = workdir / "config.json"
     if path.exists():
         before = dict(leaves(ConfigDict(json.loads(path.read_text()))))
@@ -256,6 +282,7 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
             )
     try:
         replace(path, config.to_json(indent=2) + "\n")
+        replace(workdir / "data.json", json.dumps(facts, indent=2) + "\n")
     except OSError as e:
         raise UserError(f"--workdir: '{workdir}' cannot be written ({e.strerror})") from e
 

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from pwkd_jax import data, distillers, models, slimmable, stages
+from pwkd_jax import data, distillers, models, ordering, slimmable, stages, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.training import loop, sharding
 from pwkd_jax.training import state as states
@@ -18,16 +19,23 @@ from pwkd_jax.training.evaluation import Evaluator
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The data, networks and schedules of a config. stage_steps: the length of each partial-to-whole stage."""
+    """The data, networks and schedules of a config.
+
+    facts: of the data, see `data_facts`. start: the variables given to start from, if any: {"slimmable" (channels in order),
+    "standard", "student"}.
+    """
 
     config: ConfigDict
     dataset: data.Dataset
+    facts: dict
     mesh: jax.sharding.Mesh
-    normalise: Callable
     evaluator: Evaluator
     teachers: dict[str, slimmable.Slimmable]
     student: nn.Module
-    stage_steps: list[int]
+    start: dict[str, dict]
+
+    def normalise(self, images: jax.Array) -> jax.Array:
+        return data.normalise(images, self.facts["mean"], self.facts["std"])
 
     def preprocess(self, key: jax.Array, images: jax.Array) -> jax.Array:
         c = self.config.data
@@ -60,8 +68,7 @@ class Setting:
         return jax.device_put(state, sharding.replicated(self.mesh))
 
     def plan(self, arm: str) -> list[stages.Stage]:
-        widths = self.config.student.widths or tuple(sorted(self.config.teacher.widths))
-        return stages.plan(arm, widths, self.stage_steps, self.config.teacher.widths)
+        return plan(self.config, self.facts, arm)
 
     def spans(self, plan: Sequence[stages.Stage]) -> tuple[list[tuple[int, int]], str, float]:
         """(cycles, form, peak decay) of an arm: its stages' own cycles, or one cycle of the ordinary schedule."""
@@ -71,38 +78,30 @@ class Setting:
         return stages.cycles(plan, False), c.single_form or c.form, 1.0
 
     def distillation(self, teacher: str, widths: Iterable[float]) -> distillers.Distillation:
-        """The distiller fitted to the student and to those widths of that teacher, by abstract outputs."""
-        c, shape, net = self.config.student, self.dataset.image_shape, self.teachers[teacher]
-        options = {k: v for k, v in c.distiller.items() if k != "name"}
-        batch = {
-            "image": jax.ShapeDtypeStruct((c.batch_size, *shape), jnp.float32),
-            "label": jax.ShapeDtypeStruct((c.batch_size,), jnp.int32),
-            "index": jax.ShapeDtypeStruct((c.batch_size,), jnp.int32),
-            "dataset_label": jax.ShapeDtypeStruct(self.dataset.train.labels.shape, jnp.int32),
-        }
+        return fit_distiller(self.config, self.facts, self.teachers[teacher], self.student, widths)
 
-        def outputs(model: nn.Module) -> models.Outputs:
-            variables = models.abstract(model, shape)
-            return jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, batch["image"])
-
-        teachers = {w: outputs(net.members[w]) for w in {*widths, net.widest}}
-        distiller = distillers.create(c.distiller.name, **options)
-        return distillers.build(distiller, outputs(self.student), teachers, batch, standardise=c.standardise_logits)
+    def card(self, model: str, width: float, divisor: int, source: dict) -> dict:
+        f = self.facts
+        return weights.card(model, width, divisor, f["num_classes"], f["image_shape"], f["mean"], f["std"],
+                            {"experiment": self.config.name, "data": f["name"], **source})  # fmt: skip
 
 
-def prepare(config: ConfigDict) -> Setting:
-    """Read the data and check that everything fits, by shapes alone. Raises UserError; writes nothing."""
-    c, mesh = config, sharding.make_mesh()
-    sharding.check_batch(mesh, c.teacher.batch_size, "teacher.batch_size")
-    sharding.check_batch(mesh, c.student.batch_size, "student.batch_size")
-    if c.teacher.calibration.images:
-        sharding.check_batch(mesh, c.teacher.calibration.batch_size, "teacher.calibration.batch_size")
-    dataset = data.load(c.data.name, c.data.data_dir, c.data.train_split, c.data.test_split, c.data.num_classes)
-    shape, classes = dataset.image_shape, dataset.num_classes
-    mean, std = (c.data.mean, c.data.std) if c.data.mean else data.channel_statistics(dataset.train.images)
-    if len(mean) != shape[-1]:
-        raise UserError(f"data.mean: has {len(mean)} numbers for images of {shape[-1]} channels; give one for each")
-    normalise = functools.partial(data.normalise, mean=mean, std=std)
+def data_facts(dataset: data.Dataset, mean: Sequence[float], std: Sequence[float]) -> dict:
+    """What of the data everything after training needs to know; what summary.json and data.json of a workdir hold."""
+    return {
+        "name": dataset.name,
+        "train_images": len(dataset.train.labels),
+        "test_images": len(dataset.test.labels),
+        "num_classes": dataset.num_classes,
+        "image_shape": list(dataset.image_shape),
+        "mean": list(mean),
+        "std": list(std),
+    }
+
+
+def networks(config: ConfigDict, facts: dict) -> tuple[dict[str, slimmable.Slimmable], nn.Module]:
+    """({name: teacher}, student) of a config, built and checked by shapes alone. Raises UserError."""
+    c, shape, classes = config, tuple(facts["image_shape"]), facts["num_classes"]
 
     def family(width: float) -> nn.Module:
         options = {"divisor": c.teacher.divisor, "zero_gamma": c.teacher.zero_gamma}
@@ -119,13 +118,94 @@ def prepare(config: ConfigDict) -> Setting:
         models.abstract(pupil, shape)
     except models.WidthError as e:
         raise UserError(f"student.width: {e}") from e
+    return nets, pupil
 
+
+def stage_lengths(config: ConfigDict, facts: dict) -> list[int]:
+    """Steps of each partial-to-whole stage. Raises UserError where there are too few for all."""
+    c, images = config, facts["train_images"]
     count = len(c.student.widths or c.teacher.widths)
     total = stages.steps(
-        c.student.duration, "student.duration", batch_size=c.student.batch_size, images=len(dataset.train.labels)
+        c.student.duration, "student.duration", batch_size=c.student.batch_size, images=images
     ) * (count if c.student.budget == "per_stage" else 1)
     stage_steps = stages.split(total, c.student.stage_shares or (1,) * count)
     if min(stage_steps) < 1:
         raise UserError(f"student.duration: {total} steps are too few for {count} stages")
+    return stage_steps
+
+
+def plan(config: ConfigDict, facts: dict, arm: str) -> list[stages.Stage]:
+    widths = config.student.widths or tuple(sorted(config.teacher.widths))
+    return stages.plan(arm, widths, stage_lengths(config, facts), config.teacher.widths)
+
+
+def fit_distiller(
+    config: ConfigDict, facts: dict, net: slimmable.Slimmable, student: nn.Module, widths: Iterable[float]
+) -> distillers.Distillation:
+    """The distiller of a config fitted to the student and to those widths of a teacher, by abstract outputs."""
+    c, shape = config.student, tuple(facts["image_shape"])
+    options = {k: v for k, v in c.distiller.items() if k != "name"}
+    batch = {
+        "image": jax.ShapeDtypeStruct((c.batch_size, *shape), jnp.float32),
+        "label": jax.ShapeDtypeStruct((c.batch_size,), jnp.int32),
+        "index": jax.ShapeDtypeStruct((c.batch_size,), jnp.int32),
+        "dataset_label": jax.ShapeDtypeStruct((facts["train_images"],), jnp.int32),
+    }
+
+    def outputs(model: nn.Module) -> models.Outputs:
+        variables = models.abstract(model, shape)
+        return jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, batch["image"])
+
+    teachers = {w: outputs(net.members[w]) for w in {*widths, net.widest}}
+    distiller = distillers.create(c.distiller.name, **options)
+    return distillers.build(distiller, outputs(student), teachers, batch, standardise=c.standardise_logits)
+
+
+def _given(config: ConfigDict, facts: dict, who: str, model: nn.Module) -> dict:
+    """The variables in the file of `who`.weights. Raises UserError where they do not fit this experiment."""
+    c = config[who]
+    variables, card = weights.read(Path(c.weights), c.model)
+    like = models.abstract(model, tuple(facts["image_shape"]))
+    weights.refuse_misfits(f"{who}.weights: {c.weights}", c.model, weights.mismatches(variables, like))
+    for key in ("mean", "std"):
+        if any(abs(a - b) > 1e-3 for a, b in zip(card[key], facts[key], strict=True)):
+            own = "({})".format(",".join(f"{x:.4f}" for x in card[key]))
+            raise UserError(
+                f"{who}.weights: {c.weights} was trained on images normalised by another {key}; set data.{key}={own}"
+            )
+    return variables
+
+
+def _ordered(teacher: ConfigDict, net: slimmable.Slimmable, whole: dict, shape: tuple[int, ...]) -> dict:
+    if net.widest != 1:
+        raise UserError("teacher.weights: are those of width 1, which should then be one of teacher.widths")
+    if teacher.order == "none" or len(net.widths) == 1:
+        return whole
+    return ordering.order(net.members[1.0], whole, shape, net.likes[net.widths[-1]], teacher.order)
+
+
+def prepare(config: ConfigDict) -> Setting:
+    """Read the data and check that everything fits, by shapes alone. Raises UserError; writes nothing."""
+    c, mesh = config, sharding.make_mesh()
+    sharding.check_batch(mesh, c.teacher.batch_size, "teacher.batch_size")
+    sharding.check_batch(mesh, c.student.batch_size, "student.batch_size")
+    if c.teacher.calibration.images:
+        sharding.check_batch(mesh, c.teacher.calibration.batch_size, "teacher.calibration.batch_size")
+    dataset = data.load(c.data.name, c.data.data_dir, c.data.train_split, c.data.test_split, c.data.num_classes)
+    shape = dataset.image_shape
+    mean, std = (c.data.mean, c.data.std) if c.data.mean else data.channel_statistics(dataset.train.images)
+    if len(mean) != shape[-1]:
+        raise UserError(f"data.mean: has {len(mean)} numbers for images of {shape[-1]} channels; give one for each")
+    facts = data_facts(dataset, mean, std)
+    nets, pupil = networks(c, facts)
+    start = {}
+    if c.teacher.weights:
+        whole = start["standard"] = _given(c, facts, "teacher", nets["standard"].members[1.0])
+        start["slimmable"] = _ordered(c.teacher, nets["slimmable"], whole, shape)
+    if c.student.weights:
+        start["student"] = _given(c, facts, "student", pupil)
+
+    stage_lengths(c, facts)
+    normalise = functools.partial(data.normalise, mean=mean, std=std)
     evaluator = Evaluator(mesh, dataset.test, c.evaluation.batch_size, normalise)
-    return Setting(config, dataset, mesh, normalise, evaluator, nets, pupil, stage_steps)
+    return Setting(config, dataset, facts, mesh, evaluator, nets, pupil, start)

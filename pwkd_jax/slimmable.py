@@ -115,7 +115,10 @@ class Slimmable:
 
     def init(self, rng: jax.Array, image_shape: tuple[int, ...]) -> tuple[dict, dict]:
         """(params, statistics) freshly initialised; image_shape is [H, W, C]."""
-        full = self.members[self.widest].init(rng, jnp.zeros((1, *image_shape)), train=False)
+        return self.spread(self.members[self.widest].init(rng, jnp.zeros((1, *image_shape)), train=False))
+
+    def spread(self, full: dict) -> tuple[dict, dict]:
+        """(params, statistics) that start every width from variables of the widest member; their order is kept."""
         full = {"params": full["params"], "batch_stats": full.get("batch_stats", {})}
         shared, norm = split_norm(full["params"], full["batch_stats"])
         if self.batch_norm == "shared":

@@ -33,8 +33,9 @@ def fsp_loss(student_maps: list[jax.Array], teacher_maps: list[jax.Array]) -> ja
 class FSP(nn.Module):
     """`fsp_loss` alone for an initial phase, then cross entropy alone: the two phases of the paper and of RepDistiller.
 
-    Over the stages, and from the stem, as RepDistiller does, where both models give one of equal channels. A weight above 0 keeps the loss beside the cross entropy in the
-    second phase as well. The products that it compares are of channels, so no width but the student's own can teach it.
+    Over the stages, and from the stem, as RepDistiller does, where both models give one of equal channels. A weight above 0
+    keeps the loss beside the cross entropy in the second phase as well. The products that it compares are of channels, so no
+    width but the student's own can teach it.
     """
 
     ce_weight: float = 1.0

@@ -15,10 +15,12 @@ from pwkd_jax.training import metrics
 from pwkd_jax.training.state import State, apply_gradients, create, rng
 
 
-def init(model: nn.Module, image_shape, distillation: Distillation | None, tx, seed: int) -> State:
-    """A fresh student; the same seed gives the same weights in every arm."""
+def init(
+    model: nn.Module, image_shape, distillation: Distillation | None, tx, seed: int, start: dict | None = None
+) -> State:
+    """A fresh student; the same seed gives the same weights in every arm. start: variables in place of fresh ones."""
     key = jax.random.key(seed)
-    variables = model.init(jax.random.fold_in(key, 0), jnp.zeros((1, *image_shape)), train=False)
+    variables = start or model.init(jax.random.fold_in(key, 0), jnp.zeros((1, *image_shape)), train=False)
     params, state = distillation.init(jax.random.fold_in(key, 1)) if distillation else ({}, {})
     # A method may begin its state as its parameters; the step is given both to overwrite, so they may not share memory.
     state = jax.tree.map(jnp.copy, state)

@@ -58,24 +58,30 @@ def write(path: Path, variables: dict, card: dict) -> None:
     replace(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
 
 
-def read(path: Path) -> tuple[dict, dict]:
+def read(path: Path, model: str = "") -> tuple[dict, dict]:
     """(variables, card) of a file that `write` made, compared with the model before anything is returned.
 
-    Raises UserError for a file that is missing, torn, of another program, or that does not hold what its card says.
+    model: the `module:Name` that it may import, where it holds a model of someone's own. Raises UserError for a file that is
+    missing, torn, of another program, or that does not hold what its card says.
     """
     arrays, metadata = tensors(path)
     try:
         found = json.loads(metadata["card"])
-        if ":" in found["model"]:
+        if ":" in found["model"] and found["model"] != model:
             # A file may come from anywhere; it must not choose what is imported here.
-            raise UserError(f"{path}: holds '{found['model']}', a model of someone's own, which a file may not import")
-        model, shape = build(found), tuple(found["image_shape"])
+            raise UserError(f"{path}: holds '{found['model']}', a model that is not built in; name it to allow its import")
+        if "assisted" in found:
+            raise UserError(
+                f"{path}: holds a student that predicts through its teacher's classifier ({found['assisted']['distiller']}); "
+                "use its program (.stablehlo), or the run that it came from"
+            )
+        abstract = models.abstract(build(found), tuple(found["image_shape"]))
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
             f"{path}: has no card of this project; python -m pwkd_jax.convert makes a file with one from other weights"
         ) from e
     variables = unflatten_dict({tuple(key.split("/")): x for key, x in arrays.items()})
-    refuse_misfits(str(path), found["model"], mismatches(variables, models.abstract(model, shape)))
+    refuse_misfits(str(path), found["model"], mismatches(variables, abstract))
     return variables, found
 
 

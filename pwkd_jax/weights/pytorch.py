@@ -74,8 +74,13 @@ def classes(model: nn.Module, found: dict[str, np.ndarray]) -> int | None:
 
 
 def to_flax(
-    where: str, name: str, model: nn.Module, image_shape: tuple[int, ...], found: dict[str, np.ndarray], ignore: Sequence[str] = ()
-) -> dict:  # fmt: skip
+    where: str,
+    name: str,
+    model: nn.Module,
+    image_shape: tuple[int, ...],
+    found: dict[str, np.ndarray],
+    ignore: Sequence[str] = (),
+) -> dict:
     """Variables of `model` (called `name` in messages) from a file's tensors.
 
     ignore: patterns (shell style) of tensors to leave out. Raises UserError listing every tensor that is missing, of another

@@ -1,0 +1,84 @@
+"""Weights from PyTorch projects, as a teacher or a student of this one.
+
+    python -m pwkd_jax.convert resnet32x4.pth --model resnet32x4 --out resnet32x4.safetensors
+    python -m pwkd_jax.train --config=configs/cifar100.py --config.teacher.weights=resnet32x4.safetensors --workdir=...
+
+Reads .safetensors, and PyTorch checkpoints where PyTorch is installed, in the names of RepDistiller, mdistiller, torchvision
+and timm. Only tensors are loaded: a file that holds anything else is refused. Every tensor has to find its place: what is
+missing, left over or of another shape is listed. Exits with code 2 and one sentence on a mistake.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pwkd_jax import models, weights
+from pwkd_jax.errors import UserError
+from pwkd_jax.weights import pytorch
+
+# Of pixels in [0, 1]: what the reference projects trained with.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and gives its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pwkd_jax.convert", description=__doc__.partition("\n")[0])
+    parser.add_argument("file", type=Path, help=".safetensors, .pth, .pt, .tar or .bin")
+    parser.add_argument("--model", required=True, help="what it is, as in resnet32x4 or imagenet_ResNet34")
+    parser.add_argument("--out", type=Path, required=True, help="FILE.safetensors; its card goes beside it")
+    parser.add_argument("--image-size", type=int, help="of training; 224 for ImageNet models and transformers, otherwise 32")
+    parser.add_argument("--mean", type=_numbers, help="by which images were normalised, as in 0.5,0.5,0.5")
+    parser.add_argument("--std", type=_numbers, help="the same")
+    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="what to leave out, as in 'teacher.*'")
+    options = parser.parse_args(arguments)
+    try:
+        card = convert(**vars(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    normalised = f"mean {card['mean']}, std {card['std']}"
+    print(f"{options.out}: {card['model']}, {card['num_classes']} classes, {card['parameters']:,} parameters; {normalised}")
+    return 0
+
+
+def convert(
+    file: Path, model: str, out: Path, image_size: int | None = None, mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None, ignore: Sequence[str] = (),
+) -> dict:  # fmt: skip
+    """Write `file`'s weights as `out` and return their card. Raises UserError; then nothing is written."""
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out: '{out}' should end in .safetensors")
+    if image_size is not None and image_size < 1:
+        raise UserError(f"--image-size: {image_size} is not possible; it should be at least 1")
+    known = models.create(model)  # first, for a wrong name should not wait for a large file
+    found = pytorch.read(file)
+    classes = pytorch.classes(known, found)
+    if classes is None:
+        raise UserError(f"{file}: does not fit '{model}': there is no classifier among its {len(found)} tensors")
+    large = model.startswith(("imagenet_", "vit_"))
+    default_mean, default_std = IMAGENET if large else CIFAR100
+    size = image_size or (224 if large else 32)
+    shape = (size, size, 3)
+    with open(file, "rb") as content:
+        source = {"file": file.name, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+    network = models.create(model, num_classes=classes)
+    variables = pytorch.to_flax(str(file), model, network, shape, found, ignore)
+    card = weights.card(model, 1.0, 0, classes, shape, mean or default_mean, std or default_std, source)
+    if not len(card["mean"]) == len(card["std"]) == shape[-1] or min(card["std"]) <= 0:
+        raise UserError(f"--mean, --std: each should be {shape[-1]} numbers, and those of --std above 0")
+    try:
+        weights.write(out, variables, card)
+    except OSError as e:
+        raise UserError(f"--out: '{out}' cannot be written ({e.strerror})") from e
+    return card
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What training left, from whatever names it: a run's directory, one of its checkpoints, or a file of weights."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+from orbax.checkpoint import v1 as ocp
+
+from pwkd_jax import data, models, setting, slimmable, weights
+from pwkd_jax.errors import UserError
+from pwkd_jax.training import student
+
+KINDS = "a run (WORKDIR/teacher/slimmable, WORKDIR/students/pwkd/seed0), a checkpoint in it, or a .safetensors file"
+
+
+class Trained(NamedTuple):
+    """A model that `models.apply` runs, its variables, its card (see `weights`), and its data as a config has them."""
+
+    model: Any
+    variables: dict
+    card: dict
+    data: dict
+
+    def logits(self, variables: dict, images: jax.Array) -> jax.Array:
+        """Logits [B, classes] of uint8 images [B, H, W, C]."""
+        images = data.normalise(images, self.card["mean"], self.card["std"])
+        return models.apply(self.model, variables, images, train=False)[0].logits
+
+
+def load(target: str, width: float | None = None, model: str = "") -> Trained:
+    """The model that `target` names, at `width` where it is a slimmable teacher (default: its widest).
+
+    model: the `module:Name` that a file may import, where its model is one's own. Raises UserError.
+    """
+    path = Path(target).absolute()
+    if path.suffix == ".safetensors":
+        variables, card = weights.read(path, model)
+        if width not in (None, card["width"]):
+            raise UserError(f"--width: {target} holds width {card['width']:g} alone")
+        known = {"name": card["source"].get("data", ""), "data_dir": "", "test_split": "test"}
+        return Trained(weights.build(card), variables, card, known)
+    if not path.exists():
+        raise UserError(f"{target}: there is no such file or directory; give {KINDS}")
+    inside = path.parent.name == "checkpoints" and path.name.isdigit()
+    run, step = (path.parents[1], int(path.name)) if inside else (path, None)
+    workdir = next((p for p in run.parents if (p / "config.json").exists() and (p / "data.json").exists()), None)
+    parts = run.relative_to(workdir).parts if workdir else ()
+    if not parts or parts[0] not in ("teacher", "students") or len(parts) != {"teacher": 2, "students": 3}[parts[0]]:
+        raise UserError(f"{target}: is no run of an experiment; give {KINDS}")
+    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    facts = json.loads((workdir / "data.json").read_text())
+    source = {"experiment": config.name, "data": facts["name"], "run": "/".join(parts)}
+    known = {key: config.data[key] for key in ("name", "data_dir", "test_split")}
+    read = _teacher if parts[0] == "teacher" else _student
+    found, variables, about = read(target, workdir, run, step, width, config, facts)
+    card = weights.card(
+        about.pop("model"), about.pop("width"), about.pop("divisor"), facts["num_classes"], facts["image_shape"],
+        facts["mean"], facts["std"], source | about.pop("source"),
+    )  # fmt: skip
+    return Trained(found, variables, card | about, known)
+
+
+def _teacher(target: str, workdir: Path, run: Path, step: int | None, width: float | None, config, facts):
+    c = config.teacher
+    net = setting.networks(config, facts)[0].get(run.name)
+    if net is None:
+        raise UserError(f"{target}: is no run of an experiment; give {KINDS}")
+    width = net.table[0] if width is None else width
+    if width not in net.table:
+        raise UserError(f"--width: {target} has the widths {', '.join(f'{w:g}' for w in sorted(net.table))}, not {width:g}")
+    about = {"model": c.model, "width": width, "divisor": c.divisor}
+    if step is None:
+        path = run / f"width_{slimmable.width_key(width)}.safetensors"
+        if not path.exists():
+            raise UserError(f"{target}: this teacher's training has not ended; name one of its checkpoints, or train on")
+        variables, card = weights.read(path, c.model)
+        return net.members[width], variables, about | {"source": card["source"]}
+    if c.calibration.images:
+        raise UserError(f"{target}: its batch norm is calibrated when training ends; name the finished run instead")
+    state = _checkpoint(run, step)
+    variables = net.extract(state["params"], state["collections"], width)
+    return net.members[width], variables, about | {"source": {"steps": step}}
+
+
+def _student(target: str, workdir: Path, run: Path, step: int | None, width: float | None, config, facts):
+    c = config.student
+    if width not in (None, c.width):
+        raise UserError(f"--width: {target} is a student, of one width")
+    steps = sorted(int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit())
+    if not steps:
+        raise UserError(f"{target}: has no checkpoint yet")
+    step = steps[-1] if step is None else step
+    state = _checkpoint(run, step)
+    nets, pupil = setting.networks(config, facts)
+    variables = {"params": state["params"]["student"], "batch_stats": state["collections"].get("batch_stats", {})}
+    source = {"steps": step, "arm": run.parent.name, "seed": int(run.name.removeprefix("seed"))}
+    about = {"model": c.model, "width": c.width, "divisor": 0, "source": source}
+    stage = next(s for s in setting.plan(config, facts, run.parent.name) if step <= s.end)
+    if stage.widths:
+        source["distiller"] = c.distiller.name
+        distillation = setting.fit_distiller(config, facts, nets[stage.teacher], pupil, stage.widths)
+        if distillation.predicts:
+            taught = max(stage.widths)
+            file = workdir / "teacher" / stage.teacher / f"width_{slimmable.width_key(taught)}.safetensors"
+            model = student.Assisted(pupil, nets[stage.teacher].members[taught], distillation, taught)
+            variables = {
+                "student": variables, "params": state["params"]["distiller"],
+                "state": state["collections"]["distiller"], "teacher": weights.read(file, config.teacher.model)[0],
+            }  # fmt: skip
+            about["assisted"] = {"distiller": c.distiller.name, "teacher": config.teacher.model, "width": taught}
+            return model, variables, about
+    return pupil, variables, about
+
+
+def _checkpoint(run: Path, step: int) -> dict:
+    path = run / "checkpoints" / str(step)
+    try:
+        saved = ocp.checkpointables_metadata(path).metadata["state"]
+        # Placed anew: it may have been saved on other devices than these.
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved)
+        return ocp.load_checkpointables(path, {"state": abstract})["state"]
+    except Exception as e:  # Orbax and TensorStore raise of everything
+        raise UserError(f"{path}: is not a whole checkpoint ({str(e).splitlines()[0]})") from e
