@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="what it is, as in resnet32x4 or imagenet_ResNet34")
     parser.add_argument("--out", type=Path, required=True, help="FILE.safetensors; its card goes beside it")
     parser.add_argument("--image-size", type=int, help="of training; 224 for ImageNet models and transformers, otherwise 32")
+    parser.add_argument("--channels", type=int, default=3, help="of the images")
     parser.add_argument("--mean", type=_numbers, help="by which images were normalised, as in 0.5,0.5,0.5")
     parser.add_argument("--std", type=_numbers, help="the same")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="what to leave out, as in 'teacher.*'")
@@ -45,14 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def convert(
-    file: Path, model: str, out: Path, image_size: int | None = None, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None, ignore: Sequence[str] = (),
+    file: Path, model: str, out: Path, image_size: int | None = None, channels: int = 3,
+    mean: Sequence[float] | None = None, std: Sequence[float] | None = None, ignore: Sequence[str] = (),
 ) -> dict:  # fmt: skip
     """Write `file`'s weights as `out` and return their card. Raises UserError; then nothing is written."""
     if out.suffix != ".safetensors":
         raise UserError(f"--out: '{out}' should end in .safetensors")
-    if image_size is not None and image_size < 1:
-        raise UserError(f"--image-size: {image_size} is not possible; it should be at least 1")
+    for key, value in (("--image-size", image_size), ("--channels", channels)):
+        if value is not None and value < 1:
+            raise UserError(f"{key}: {value} is not possible; it should be at least 1")
     known = models.create(model)  # first, for a wrong name should not wait for a large file
     found = pytorch.read(file)
     classes = pytorch.classes(known, found)
@@ -61,14 +63,14 @@ def convert(
     large = model.startswith(("imagenet_", "vit_"))
     default_mean, default_std = IMAGENET if large else CIFAR100
     size = image_size or (224 if large else 32)
-    shape = (size, size, 3)
+    shape, mean, std = (size, size, channels), mean or default_mean, std or default_std
+    if not len(mean) == len(std) == channels or min(std) <= 0:
+        raise UserError(f"--mean, --std: each should be {channels} numbers, one a channel, and those of --std above 0")
     with open(file, "rb") as content:
         source = {"file": file.name, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
     network = models.create(model, num_classes=classes)
     variables = pytorch.to_flax(str(file), model, network, shape, found, ignore)
-    card = weights.card(model, 1.0, 0, classes, shape, mean or default_mean, std or default_std, source)
-    if not len(card["mean"]) == len(card["std"]) == shape[-1] or min(card["std"]) <= 0:
-        raise UserError(f"--mean, --std: each should be {shape[-1]} numbers, and those of --std above 0")
+    card = weights.card(model, 1.0, 0, classes, shape, mean, std, source)
     try:
         weights.write(out, variables, card)
     except OSError as e:

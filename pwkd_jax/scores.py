@@ -21,7 +21,7 @@ def per_image(log_probabilities: np.ndarray, labels: np.ndarray, teacher: np.nda
         t = teacher.astype(np.float64)
         # A probability that underflowed to 0 adds nothing, whatever the student gives that class.
         p = np.exp(t)
-        terms = p * np.where(p > 0, t - z, 0.0)
+        terms = p * np.subtract(t, z, out=np.zeros_like(t), where=p > 0)
         scores |= {"agreement": z.argmax(axis=1) == t.argmax(axis=1), "divergence": terms.sum(axis=1)}
     return {key: np.asarray(values, np.float64) for key, values in scores.items()}
 

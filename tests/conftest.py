@@ -53,6 +53,13 @@ def perturbed(tree, seed: int = 0):
     return jax.tree.unflatten(treedef, noisy)
 
 
+def varied(variables: dict, seed: int = 0) -> dict:
+    """`variables` off their starting values but still of a network that behaves: signed noise, positive on statistics."""
+    noise = np.random.default_rng(seed).standard_normal
+    stats = jax.tree.map(lambda x: x + 0.1 * np.abs(noise(x.shape, np.float32)), variables.get("batch_stats", {}))
+    return {"params": jax.tree.map(lambda x: x + 0.05 * noise(x.shape, np.float32), variables["params"]), "batch_stats": stats}
+
+
 def close(a, b, tolerance: float) -> None:
     """Every leaf of a equals b's within `tolerance` of that leaf's largest magnitude (at least 1)."""
     assert jax.tree.structure(a) == jax.tree.structure(b)

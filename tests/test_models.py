@@ -1,28 +1,43 @@
 """Models: the reference architectures, their costs, and how a width makes channels."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import varied
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pwkd_jax import models
+from pwkd_jax import models, slimmable
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import costs
+from pwkd_jax.weights import pytorch
 
-RESNETS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4")
+ZOO = json.loads((Path(__file__).parent / "data" / "golden_zoo.json").read_text())
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
 
-@pytest.mark.parametrize("name", RESNETS)
-def test_costs_and_taps_equal_the_reference(name, golden):
-    facts, model = golden["facts"][name], models.create(name, num_classes=100)
-    assert costs.parameters(model, (32, 32, 3)) == facts["params"]
-    assert costs.macs(model, (32, 32, 3)) == facts["macs"]
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    out = jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], models.abstract(model, (32, 32, 3)), images)
-    taps = [(n, c, *rest) for n, *rest, c in (s.shape for s in out.stages)]
-    assert [list(t) for t in taps] == facts["taps"][1:-1]
+def outputs(model, variables, images):
+    return jax.jit(lambda v, x: models.apply(model, v, x, train=False)[0])(variables, images)
+
+
+@pytest.mark.parametrize("name", ZOO["facts"])
+def test_costs_and_taps_equal_the_reference(name):
+    facts = ZOO["facts"][name]
+    model, shape = models.create(name, num_classes=facts["classes"]), (facts["size"], facts["size"], 3)
+    assert costs.parameters(model, shape) == facts["params"]
+    if "macs" not in facts:
+        return
+    assert costs.macs(model, shape) == facts["macs"]
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    out = jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], models.abstract(model, shape), images)
+    assert [list(s.shape[1:]) for s in out.stages] == facts["stages"]
     assert [p.shape for p in out.preact] == [s.shape for s in out.stages]
-    assert list(out.pooled.shape) == facts["taps"][-1]
+    assert out.final.shape[-1:] == out.pooled.shape[1:] == out.head[0].shape[:1]
+    assert [s.shape for s, _ in out.norms] in ([], [p.shape[-1:] for p in out.preact])
 
 
 @pytest.mark.parametrize("width, params, macs_m", [(0.25, 471_532, 67.9), (0.5, 1_867_636, 271.0), (0.75, 4_188_412, 609.4)])
@@ -32,26 +47,10 @@ def test_narrow_costs_of_resnet32x4(width, params, macs_m):
     assert round(costs.macs(model, (32, 32, 3)) / 1e6, 1) == macs_m
 
 
-def torch_path(name: str) -> tuple[str, tuple[str, ...]]:
-    """(collection, path) here of a reference weight such as layer1.0.downsample.1.running_var."""
-    *layer, leaf = name.split(".")
-    if layer[0].startswith("layer"):
-        block = f"stage{layer[0][5:]}_block{int(layer[1]) + 1}"
-        module = {"downsample.0": "shortcut_conv", "downsample.1": "shortcut_bn"}.get(".".join(layer[2:]), layer[-1])
-        path = (block, module)
-    else:
-        path = ({"conv1": "stem_conv", "bn1": "stem_bn", "fc": "classifier"}[layer[0]],)
-    if leaf.startswith("running"):
-        return "batch_stats", (*path, leaf.removeprefix("running_"))
-    kernel = "conv" in path[-1] or path[-1] == "classifier"
-    return "params", (*path, {"weight": "kernel" if kernel else "scale", "bias": "bias"}[leaf])
-
-
-@pytest.mark.parametrize("name", ["resnet8x4", "resnet20"])
-def test_forward_equals_the_reference_network(name, golden):
-    facts, model = golden["models"][name], models.create(name, num_classes=100)
-    variables = jax.tree.map(lambda s: None, models.abstract(model, (32, 32, 3)), is_leaf=lambda x: hasattr(x, "shape"))
-    for k, (key, shape) in enumerate(e for e in facts["state_layout"] if "num_batches" not in e[0]):
+def state_dict(layout) -> dict[str, np.ndarray]:
+    """The deterministic weights of golden_zoo.json under their PyTorch names."""
+    found = {}
+    for k, (key, shape) in enumerate(layout):
         a = np.random.RandomState(k).standard_normal(shape)
         if key.endswith("running_mean"):
             a = 0.1 * a
@@ -61,20 +60,115 @@ def test_forward_equals_the_reference_network(name, golden):
             a = a * np.sqrt(2 / np.prod(shape[1:]))
         else:
             a = 1 + 0.1 * a if key.endswith("weight") else 0.1 * a
-        collection, path = torch_path(key)
-        node = variables[collection]
-        for part in path[:-1]:
-            node = node[part]
-        order = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[len(shape)]
-        node[path[-1]] = jnp.asarray(a.transpose(order), jnp.float32)
-    image = np.random.RandomState(1234).standard_normal((1, 3, 32, 32)).astype(np.float32).transpose(0, 2, 3, 1)
-    out, _ = models.apply(model, variables, image, train=False)
+        found[key] = a.astype(np.float32)
+    return found
+
+
+@pytest.mark.parametrize("name", ZOO["forward"])
+def test_forward_equals_the_reference_network_through_the_converter(name):
+    facts, size = ZOO["forward"][name], ZOO["forward"][name]["size"]
+    model = models.create(name.split()[0], num_classes=facts["classes"])
+    found = state_dict(facts["state_layout"])
+    variables = pytorch.to_flax("file", name, model, (size, size, 3), found)
+    image = np.random.RandomState(1234).standard_normal((1, 3, size, size)).astype(np.float32).transpose(0, 2, 3, 1)
+    out = outputs(model, variables, image)
     np.testing.assert_allclose(out.logits[0, :8], facts["logits_first8"], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(out.logits), facts["logits_l2"], rtol=1e-3)
-    for taps, ours in ((facts["taps"], out.stages), (facts["preact_taps"], out.preact)):
-        for expected, tap in zip(taps[1:], (*ours, out.pooled), strict=True):
-            found = [np.mean(tap), np.std(tap), np.abs(tap).max()]
-            np.testing.assert_allclose(found, [expected[k] for k in ("mean", "std", "absmax")], rtol=1e-3)
+    for key, ours in (("taps", out.stages), ("preact_taps", out.preact)):
+        for expected, tap in zip(facts.get(key, facts["taps"]), (out.stem, *ours, out.pooled), strict=True):
+            # torchvision shows its residual networks after their ReLU alone.
+            if key in facts or out.preact is out.stages:
+                np.testing.assert_allclose([np.mean(tap), np.std(tap), np.abs(tap).max()], expected, rtol=1e-3, atol=1e-5)
+    if out.final is not None:
+        np.testing.assert_allclose(out.final.mean((1, 2)), out.pooled, rtol=1e-5, atol=1e-5)
+    # And back: the same arrays under the names of the model's first reference project.
+    back = pytorch.to_torch(model, variables)
+    assert len(back) == len(found) and all(np.array_equal(back[key], found[key]) for key in back.keys() & found.keys())
+    assert back.keys() == found.keys() or name in ("ResNet18", "vit_tiny_patch16 torchvision")
+
+
+# Teachers of every kind, and the size of images small enough to run here; SLOW_FAMILIES share their code with another.
+FAMILIES = {
+    "resnet8": 8, "ResNet18": 8, "ResNet50": 8, "imagenet_ResNet18": 32, "wrn_16_1": 8, "wrn_16_2": 8, "vgg8": 8,
+    "MobileNetV2": 8, "imagenet_MobileNetV1": 32, "imagenet_MobileNetV2": 16, "ShuffleV1": 8, "ShuffleV2": 8,
+    "vit_tiny_patch4": 8,
+}  # fmt: skip
+SLOW_FAMILIES = ("ResNet18", "ResNet50", "imagenet_ResNet18", "wrn_16_2", "imagenet_MobileNetV2")
+MASKLESS = ("ShuffleV1", "ShuffleV2")
+
+
+@pytest.mark.parametrize(
+    "name, width",
+    [
+        pytest.param(name, width, marks=[pytest.mark.slow] * (width > 0.25 or name in SLOW_FAMILIES))
+        for name in FAMILIES
+        for width in WIDTHS
+    ],
+)
+def test_every_family_at_every_width(name, width):
+    """take equals the standalone narrow model, by slices written out; mask equals take, or is refused with its reason."""
+    shape = (FAMILIES[name], FAMILIES[name], 3)
+
+    def family(w):
+        return models.create(name, width=w, num_classes=10)
+
+    net = slimmable.build(family, WIDTHS, shape, batch_norm="private_stats")
+    full = varied(jax.jit(lambda key: family(1.0).init(key, jnp.zeros((1, *shape))))(jax.random.key(0)))
+    params, statistics = net.spread(full)
+    narrow = models.abstract(family(width), shape)
+    blocks = {
+        path: np.asarray(x)[tuple(slice(n) for n in flatten_dict(narrow)[path].shape)] for path, x in flatten_dict(full).items()
+    }
+    assert blocks.keys() == flatten_dict(narrow).keys()
+    images = np.random.default_rng(0).standard_normal((4, *shape)).astype(np.float32)
+    alone = outputs(family(width), unflatten_dict(blocks), images)
+    masked = dataclasses.replace(net, masked=True)
+    both = jax.jit(lambda p, s: [n.forward(p, s, width, images, train=False)[0].logits for n in (net, masked)])
+    taken, full_shape = both(params, statistics)
+    scale = np.abs(alone.logits).max()
+    np.testing.assert_allclose(taken, alone.logits, rtol=0, atol=1e-5 * scale)
+    if width == 1 or name not in MASKLESS:
+        np.testing.assert_allclose(full_shape, alone.logits, rtol=0, atol=1e-5 * scale)
+    if width == 0.25:
+        if name in MASKLESS:
+            with pytest.raises(UserError, match=r"teacher.execution: 'mask' at width 0.25 .* shuffle or a concatenation"):
+                slimmable.refuse_masking(masked, shape)
+        else:
+            slimmable.refuse_masking(masked, shape)
+
+
+def test_transformers_slice_heads_and_hidden_layers_and_leave_the_stream():
+    full, narrow = (flatten_dict(models.abstract(models.create("vit_small_patch4", width=w), (8, 8, 3))) for w in (1.0, 0.5))
+    sliced = {"/".join(path[2:]) for path in full if full[path].shape != narrow[path].shape}
+    attention = {f"attention/{part}/{leaf}" for part in ("query", "key", "value") for leaf in ("kernel", "bias")}
+    assert sliced == attention | {"attention/out/kernel", "mlp1/kernel", "mlp1/bias", "mlp2/kernel"}
+    assert narrow["params", "block1", "attention", "query", "kernel"].shape == (384, 3, 64)
+    assert narrow["params", "block1", "mlp1", "kernel"].shape == (384, 768)
+    # Three heads: 0.75, 1.5 and 2.25 of them become 1, 2 and 3, for 2 would be under 90 % of 2.25.
+    assert [models.channels(3, w, 1) for w in WIDTHS] == [1, 2, 3, 3]
+
+
+def test_initialisers_are_those_of_the_references():
+    """Standard deviations over whole layers, against the references' formulas."""
+
+    def std(name, *path):
+        model = models.create(name, num_classes=100)
+        # Compiled for one array, so that the rest of the network is left out.
+        run = jax.jit(lambda key: flatten_dict(model.init(key, jnp.zeros((1, 32, 32, 3))))["params", *path])
+        return np.std(run(jax.random.key(0)))
+
+    for name, layer in (("resnet20", "stage3_block1/conv1"), ("wrn_16_2", "stage3_block1/conv1"), ("vgg8", "block3_conv0")):
+        features = {"resnet20": 64, "wrn_16_2": 128, "vgg8": 512}[name]
+        np.testing.assert_allclose(std(name, *layer.split("/"), "kernel"), np.sqrt(2 / (9 * features)), rtol=0.02)
+    # Depthwise kernels count all the channels out, as PyTorch does.
+    depthwise = std("MobileNetV2", "group6_block2", "depthwise_conv", "kernel")
+    np.testing.assert_allclose(depthwise, np.sqrt(2 / (9 * 480)), rtol=0.05)
+    # PyTorch's default: uniform within 1 / sqrt(fan in); a grouped kernel sees a third of the channels.
+    np.testing.assert_allclose(std("ShuffleV1", "stage3_block2", "conv1", "kernel"), 1 / np.sqrt(3 * 960 / 3), rtol=0.02)
+    np.testing.assert_allclose(std("resnet20", "classifier", "kernel"), 1 / np.sqrt(3 * 64), rtol=0.05)
+    np.testing.assert_allclose(std("resnet20", "classifier", "bias"), 1 / np.sqrt(3 * 64), rtol=0.25)
+    np.testing.assert_allclose([std("vgg8", "classifier", "kernel"), std("vgg8", "classifier", "bias")], [0.01, 0], rtol=0.05)
+    np.testing.assert_allclose(std("vit_tiny_patch4", "block1", "mlp1", "kernel"), 0.02, rtol=0.05)
 
 
 def test_channels_are_exact_or_refused():
@@ -94,9 +188,11 @@ def test_divisor_rounds_as_the_mobile_networks_do():
 
 
 def test_unknown_models_and_options_are_refused():
-    for name in ("resnet9", "resnet7", "vgg", ""):
+    for name in ("resnet9", "resnet7", "resnet50", "vgg", "wrn_15_2", "wrn_16_0", "vit_huge_patch16", ""):
         with pytest.raises(UserError, match="there is no model"):
             models.create(name)
+    with pytest.raises(UserError, match=r"'resnet50': known are ResNet50 \(the nearest\), resnet8, resnet14"):
+        models.create("resnet50")
     with pytest.raises(UserError, match="cannot be imported"):
         models.create("pwkd_jax.models:Nothing")
     with pytest.raises(UserError, match="has no 'zero_gamma'"):

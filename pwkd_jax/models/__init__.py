@@ -97,7 +97,8 @@ def create(name: str, *, width: float = 1.0, num_classes: int = 10, **options) -
         return next((found for family in families if (found := family.parse(name))), None)
 
     known = [n for family in families for n in family.KNOWN]
-    close = difflib.get_close_matches(name, known, 1, 0.7)
+    lower = {n.lower(): n for n in reversed(known)}
+    close = [lower[n] for n in difflib.get_close_matches(name.lower(), lower, 1, 0.7)]
     make, fixed = from_name(name, builtin, "model", (f"{close[0]} (the nearest), " if close else "") + ", ".join(known))
     options = {key: value for key, value in options.items() if value}
     known = {f.name for f in dataclasses.fields(make)} if dataclasses.is_dataclass(make) else None

@@ -19,8 +19,10 @@ from pwkd_jax.models.layers import classify
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # channels of the stream, heads
 KNOWN = tuple(f"vit_{size}_patch16" for size in SIZES)
 
-truncated = nn.initializers.truncated_normal(0.02)
-LayerNorm = partial(nn.LayerNorm, epsilon=1e-6)
+# timm truncates at 100 deviations, which is not at all.
+normal = nn.initializers.normal(0.02)
+# The variance around the mean, as PyTorch takes it: mean square less squared mean loses digits where the mean is large.
+LayerNorm = partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 
 
 def parse(name: str):
@@ -43,13 +45,13 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         features = x.shape[-1]
         attention = nn.MultiHeadDotProductAttention(
-            self.heads, qkv_features=self.heads * self.head_features, out_features=features, kernel_init=truncated,
+            self.heads, qkv_features=self.heads * self.head_features, out_features=features, kernel_init=normal,
             deterministic=True, name="attention",
         )  # fmt: skip
         x = x + attention(LayerNorm(name="norm1")(x))
-        y = nn.Dense(self.hidden, kernel_init=truncated, name="mlp1")(LayerNorm(name="norm2")(x))
+        y = nn.Dense(self.hidden, kernel_init=normal, name="mlp1")(LayerNorm(name="norm2")(x))
         y = nn.gelu(y, approximate=False)
-        return x + nn.Dense(features, kernel_init=truncated, name="mlp2")(y)
+        return x + nn.Dense(features, kernel_init=normal, name="mlp2")(y)
 
 
 class ViT(nn.Module):
@@ -77,16 +79,16 @@ class ViT(nn.Module):
         x = stem = nn.Conv(self.features, size, strides=size, padding="VALID", name="patch_conv")(x)
         batch, height, width, features = x.shape
         x = x.reshape(batch, height * width, features)
-        token = self.param("class_token", truncated, (1, 1, features))
+        token = self.param("class_token", normal, (1, 1, features))
         x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, features)), x], axis=1)
-        x = x + self.param("position", truncated, (1, height * width + 1, features))
+        x = x + self.param("position", normal, (1, height * width + 1, features))
         stages = []
         for b in range(1, self.depth + 1):
             x = Block(heads, self.features // self.heads, hidden, name=f"block{b}")(x)
             if 4 * b % self.depth == 0:
                 stages.append(x[:, 1:].reshape(batch, height, width, features))
         pooled = LayerNorm(name="final_norm")(x)[:, 0]
-        logits, head = classify(pooled, self.num_classes, truncated, nn.initializers.zeros)
+        logits, head = classify(pooled, self.num_classes, normal, nn.initializers.zeros)
         return Outputs(logits, tuple(stages), tuple(stages), pooled, head, (), stem)
 
     @staticmethod

@@ -67,14 +67,14 @@ def read(path: Path, model: str = "") -> tuple[dict, dict]:
     arrays, metadata = tensors(path)
     try:
         found = json.loads(metadata["card"])
-        if ":" in found["model"] and found["model"] != model:
-            # A file may come from anywhere; it must not choose what is imported here.
-            raise UserError(f"{path}: holds '{found['model']}', a model that is not built in; name it to allow its import")
         if "assisted" in found:
             raise UserError(
                 f"{path}: holds a student that predicts through its teacher's classifier ({found['assisted']['distiller']}); "
                 "use its program (.stablehlo), or the run that it came from"
             )
+        if ":" in found["model"] and found["model"] != model:
+            # A file may come from anywhere; it must not choose what is imported here.
+            raise UserError(f"{path}: holds '{found['model']}', a model that is not built in; name it to allow its import")
         abstract = models.abstract(build(found), tuple(found["image_shape"]))
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(

@@ -1,0 +1,402 @@
+"""Weights in and out: convert, export, evaluate, and what training starts from and leaves."""
+
+import importlib.util
+import json
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import close, varied
+from flax.traverse_util import flatten_dict
+from scipy.special import log_softmax, rel_entr
+from sklearn.metrics import log_loss, top_k_accuracy_score
+from test_commands import TINY
+
+from pwkd_jax import config, convert, data, evaluate, experiment, export, models, scores, setting, train, trained, weights
+from pwkd_jax.errors import UserError
+from pwkd_jax.weights import pytorch
+
+TORCH = importlib.util.find_spec("torch") is not None
+SHAPE, MEAN, STD = (8, 8, 1), "0.3", "0.4"
+AS_DIGITS = ["--image-size=8", "--channels=1", f"--mean={MEAN}", f"--std={STD}"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """(a safetensors file as PyTorch users write it, the same network's variables here) of a resnet8 for the digits."""
+    model = models.create("resnet8")
+    variables = varied(jax.jit(lambda key: model.init(key, jnp.zeros((1, *SHAPE))))(jax.random.key(0)))
+    tensors = {"module." + key: x for key, x in pytorch.to_torch(model, variables).items()}
+    # Counters of batches come with every batch norm; they are the one thing that may be left out in silence.
+    counters = {key.replace("running_mean", "num_batches_tracked"): np.int64(7) for key in tensors if "running_mean" in key}
+    path = tmp_path_factory.mktemp("source") / "resnet8.safetensors"
+    safetensors.numpy.save_file(tensors | {key: np.asarray(x) for key, x in counters.items()}, path)
+    return path, variables
+
+
+@pytest.fixture(scope="module")
+def converted(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted") / "resnet8.safetensors"
+    assert convert.main([str(source[0]), "--model=resnet8", f"--out={out}", *AS_DIGITS]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(converted, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported")
+    assert export.main([str(converted), f"--out={out}"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits").test
+
+
+@pytest.fixture(scope="module")
+def logits(source, digits):
+    """Of the network itself on the digits, without anything of the road that is tested."""
+    images = (digits.images.astype(np.float32) / 255 - float(MEAN)) / float(STD)
+    model = models.create("resnet8")
+    return np.asarray(jax.jit(lambda v, x: model.apply(v, x).logits)(source[1], images), np.float64)
+
+
+def error(main, *arguments, capsys) -> str:
+    assert main([str(a) for a in arguments]) == 2
+    text = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]+\n", text), text
+    return text
+
+
+# The round trip.
+
+
+def test_convert_keeps_every_number_and_says_what_it_read(source, converted):
+    variables, card = weights.read(converted)
+    close(variables, jax.device_get(source[1]), 0)
+    assert card == json.loads(converted.with_suffix(".json").read_text())
+    assert card["source"]["file"] == "resnet8.safetensors" and len(card["source"]["sha256"]) == 64
+    assert {k: card[k] for k in ("model", "width", "num_classes", "image_shape", "mean", "std")} == {
+        "model": "resnet8", "width": 1.0, "num_classes": 10, "image_shape": [8, 8, 1], "mean": [0.3], "std": [0.4]
+    }  # fmt: skip
+
+
+def test_the_program_and_the_weights_give_the_same_probabilities(exported, digits, logits):
+    """In a process that has jax and the file, and nothing of this project."""
+    script = (
+        "import sys, numpy as np, jax, jax.export\n"
+        "program = jax.export.deserialize(bytearray(open('model.stablehlo', 'rb').read()))\n"
+        "images = np.load('images.npy')\n"
+        "np.savez('out.npz', one=program.call(images[:1]), seven=program.call(images[:7]))\n"
+        "assert not any(name.startswith('pwkd_jax') for name in sys.modules)\n"
+        "print(program.platforms)\n"
+    )
+    np.save(exported / "images.npy", digits.images)
+    done = subprocess.run([sys.executable, "-I", "-c", script], cwd=exported, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "('cpu', 'cuda', 'tpu')"
+    out = np.load(exported / "out.npz")
+    expected = np.exp(log_softmax(logits, axis=1))
+    np.testing.assert_allclose(out["seven"], expected[:7], atol=1e-5)
+    np.testing.assert_allclose(out["one"], expected[:1], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["converted", "weights", "program"])
+def test_evaluate_scores_every_kind_alike(kind, converted, exported, digits, logits, capsys):
+    target = {"converted": converted, "weights": exported / "model.safetensors", "program": exported / "model.stablehlo"}[kind]
+    assert evaluate.main([str(target), "--data=digits", "--json", "--batch-size=100", "--teacher", str(converted)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    p = np.exp(log_softmax(logits, axis=1))
+    # An untrained network may give two classes one score to the last bit or nearly: allow for one image.
+    np.testing.assert_allclose(result["top1"], 100 * np.mean(p.argmax(1) == digits.labels), atol=0.2)
+    np.testing.assert_allclose(result["top5"], 100 * top_k_accuracy_score(digits.labels, p, k=5), atol=0.2)
+    np.testing.assert_allclose(result["nll"], log_loss(digits.labels, p), rtol=1e-4)
+    assert result["images"] == len(digits) == 599 and result["images_per_second"] > 0
+    assert result["agreement"] > 99.5 and abs(result["divergence"]) < 1e-5
+    assert evaluate.main([str(target), "--data=digits", "--split=test[:50]"]) == 0
+    assert "test[:50]: 50 images" in capsys.readouterr().out
+
+
+def test_export_in_pytorch_names_is_the_file_it_came_from(source, converted, tmp_path):
+    assert export.main([str(converted), f"--out={tmp_path}", "--names=torch"]) == 0
+    original = safetensors.numpy.load_file(source[0])
+    back = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    assert {f"module.{key}" for key in back} == {key for key in original if "num_batches" not in key}
+    assert all(np.array_equal(x, original[f"module.{key}"]) for key, x in back.items())
+
+
+# What a run leaves.
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "work"
+    arms = ["--config.arms=pwkd", "--config.student.distiller.name=simkd", "--config.teacher.calibration.images=32"]
+    assert train.main([*TINY, *arms, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+def test_runs_checkpoints_and_exports_of_them_score_alike(run, tmp_path, capsys):
+    """A student that predicts by its teacher's classifier, and a calibrated teacher: what is scored is what was reported."""
+    summary = json.loads((run / "summary.json").read_text())
+    student, teacher = run / "students/pwkd/seed0", run / "teacher/slimmable"
+    assert evaluate.evaluate(str(student))["top1"] == pytest.approx(summary["runs"][0]["top1_last"])
+    # The checkpoint at the end of the first stage is another, taught by the narrower teacher.
+    found = trained.load(str(student / "checkpoints/12"))
+    assert found.card["assisted"] == {"distiller": "simkd", "teacher": "test_training:Tiny", "width": 0.5}
+    first = evaluate.evaluate(str(student / "checkpoints/12"), teacher=str(teacher), teacher_width=0.5)
+    assert first["top1"] == pytest.approx(summary["runs"][0]["stage_ends"][0])
+    rows = summary["teachers"]["slimmable"]["widths"]
+    assert first["teacher"]["top1"] == pytest.approx(rows[0]["top1_last"])
+    for row in rows:
+        assert evaluate.evaluate(str(teacher), row["width"])["top1"] == pytest.approx(row["top1_last"])
+    assert evaluate.evaluate(str(teacher))["top1"] == pytest.approx(rows[-1]["top1_last"])
+    # Of the assisted student, the program is whole; its weights alone are not a model of this zoo.
+    assert export.main([str(student), f"--out={tmp_path / 's'}", "--platforms=cpu"]) == 0
+    program = evaluate.evaluate(str(tmp_path / "s/model.stablehlo"), split="test[:50]")
+    assert program["top1"] == pytest.approx(summary["runs"][0]["top1_last"]) and program["data"] == "digits"
+    assert "predicts through its teacher's classifier (simkd)" in error(
+        evaluate.main, tmp_path / "s/model.safetensors", "--data=digits", capsys=capsys
+    )
+    # A file may not import a model of its own choosing, unless it is named.
+    assert export.main([str(teacher), "--width=0.5", f"--out={tmp_path / 't'}", "--platforms=cpu"]) == 0
+    capsys.readouterr()
+    assert "not built in" in error(evaluate.main, tmp_path / "t/model.safetensors", capsys=capsys)
+    own = evaluate.evaluate(str(tmp_path / "t/model.safetensors"), split="test[:50]", model="test_training:Tiny")
+    assert own["top1"] == pytest.approx(rows[0]["top1_last"])
+
+
+def test_training_starts_from_given_weights_in_order(run, tmp_path):
+    """kd_standard's teacher is the given one as it is; the slimmable one is the same function with its channels in order."""
+    given, card = weights.read(run / "teacher/slimmable/width_1.safetensors", "test_training:Tiny")
+    mean, std = card["mean"][0], card["std"][0]
+    narrow = run / "teacher/slimmable/width_0.5.safetensors"
+    whole = run / "teacher/slimmable/width_1.safetensors"
+    options = [f"--config.teacher.weights={whole}", f"--config.student.weights={narrow}",
+               "--config.arms=kd_standard,pwkd", f"--config.data.mean=({mean},)", f"--config.data.std=({std},)"]  # fmt: skip
+    loaded = setting.prepare(config.load([*TINY, *options])[0])
+    net, image = loaded.teachers["slimmable"], np.random.default_rng(0).standard_normal((3, *SHAPE)).astype(np.float32)
+    params, statistics = net.spread(loaded.start["slimmable"])
+    start = net.forward(params, statistics, 1.0, image, train=False)[0]
+    np.testing.assert_allclose(start.logits, models.apply(net.members[1.0], given, image, train=False)[0].logits, atol=1e-5)
+    for width in (0.5, 1.0):
+        scale = np.abs(net.extract(params, statistics, width)["params"]["bn"]["scale"])
+        expected = np.sort(np.abs(given["params"]["bn"]["scale"]))[::-1]
+        np.testing.assert_array_equal(scale, expected[: len(scale)])
+    result = experiment.run(config.load([*TINY, *options])[0], tmp_path / "w")
+    standard = result["teachers"]["standard"]
+    assert standard["steps"] == 0 and standard["curve"] == []
+    kept, _ = weights.read(tmp_path / "w/teacher/standard/width_1.safetensors", "test_training:Tiny")
+    close(kept, given, 0)
+    assert "<svg" in (tmp_path / "w/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["teacher.weights=nowhere.safetensors"], r"nowhere\.safetensors: there is no such file"),
+        (["teacher.weights={width_1}", "data.mean=(0.9,)", "data.std=(0.2,)"], r"by another mean; set data\.mean=\(0\."),
+        (["student.weights={width_1}"], r"student\.weights: .*width_1.* does not fit .*Tiny': batch_stats/bn/mean is \[8\]"),
+        (["teacher.weights={width_1}", "teacher.widths=(0.25,0.5)"], r"those of width 1, which should then be one of teacher"),
+        (["teacher.order=size"], r"teacher\.order: 'size' is not possible; it should be one of bn_scale, l1, none"),
+    ],
+)
+def test_weights_that_do_not_fit_an_experiment(options, sentence, run, tmp_path, capsys):
+    where = {"width_1": run / "teacher/slimmable/width_1.safetensors"}
+    arguments = [f"--config.{option.format(**where)}" for option in options]
+    assert re.search(sentence, error(train.main, *TINY, *arguments, f"--workdir={tmp_path / 'w'}", capsys=capsys))
+    assert not (tmp_path / "w").exists()
+
+
+# Files that are refused.
+
+
+def spoiled(tmp_path, source, how: str) -> Path:
+    path = tmp_path / "file.safetensors"
+    whole, tensors = source[0].read_bytes(), safetensors.numpy.load_file(source[0])
+    if how == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "garbage":
+        path.write_bytes(b"not weights at all" * 10)
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        if how == "lacks":
+            del tensors["module.layer2.0.bn1.weight"]
+        elif how == "too much":
+            tensors["module.extra.weight"] = np.zeros(3, np.float32)
+        elif how == "shape":
+            tensors["module.conv1.weight"] = np.zeros((16, 3, 3, 3), np.float32)
+        safetensors.numpy.save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "how, model, sentence",
+    [
+        ("cut", "resnet8", r"is not a whole safetensors file"),
+        ("garbage", "resnet8", r"is not a whole safetensors file"),
+        ("empty", "resnet8", r"is not a whole safetensors file"),
+        ("lacks", "resnet8", r"does not fit 'resnet8': module\.layer2\.0\.bn1\.weight is not in it$"),
+        ("too much", "resnet8", r"does not fit 'resnet8': module\.extra\.weight is not wanted$"),
+        ("shape", "resnet8", r"module\.conv1\.weight is \[16, 3, 3, 3\], not \[16, 1, 3, 3\]$"),
+        ("whole", "resnet14", r"does not fit 'resnet14': module\.layer1\.1\.bn1\S+ is not in it; .*; and \d+ more$"),
+        ("whole", "vgg8", r"does not fit 'vgg8': there is no classifier among its"),
+        ("whole", "nothing", r"there is no model 'nothing'"),
+    ],
+)
+def test_files_that_are_no_such_network(how, model, sentence, source, tmp_path, capsys):
+    path, out = spoiled(tmp_path, source, how), tmp_path / "out.safetensors"
+    assert re.search(sentence, error(convert.main, path, f"--model={model}", f"--out={out}", *AS_DIGITS, capsys=capsys).strip())
+    assert not out.exists() and not out.with_suffix(".json").exists()
+
+
+def test_what_is_left_out_has_to_be_named(source, tmp_path, capsys):
+    path = spoiled(tmp_path, source, "too much")
+    command = [str(path), "--model=resnet8", f"--out={tmp_path / 'o.safetensors'}", *AS_DIGITS]
+    assert "--ignore: 'teacher.*' is the name of nothing" in error(convert.main, *command, "--ignore=teacher.*", capsys=capsys)
+    assert convert.main([*command, "--ignore=module.extra.*"]) == 0
+    close(weights.read(tmp_path / "o.safetensors")[0], jax.device_get(source[1]), 0)
+
+
+class Code:
+    """What unpickles into a call."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_pickles_are_never_run(tmp_path, capsys):
+    for name in ("evil.pth", "evil.pt", "evil.tar"):
+        (tmp_path / name).write_bytes(pickle.dumps({"model": Code(tmp_path / "touched")}))
+        text = error(convert.main, tmp_path / name, "--model=resnet8", f"--out={tmp_path / 'o.safetensors'}", capsys=capsys)
+        assert ("which could run code; it was not loaded" if TORCH else "needs PyTorch") in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.pt", "evil.pth", "evil.tar"]
+
+
+@pytest.mark.skipif(not TORCH, reason="PyTorch is not installed; it is needed to read its checkpoints only")
+def test_pytorch_checkpoints(source, tmp_path, capsys):
+    import torch
+
+    tensors = {key: torch.from_numpy(np.array(x)) for key, x in safetensors.numpy.load_file(source[0]).items()}
+    out = tmp_path / "out.safetensors"
+    command = ["--model=resnet8", f"--out={out}", *AS_DIGITS]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], 0.1, momentum=0.9).state_dict()
+    for n, content in enumerate((tensors, {"epoch": 240, "state_dict": tensors, "optimizer": optimizer}, {"model": tensors})):
+        for new in (True, False):
+            path = tmp_path / f"{n}{new}.pth"
+            torch.save(content, path, _use_new_zipfile_serialization=new)
+            out.unlink(missing_ok=True)
+            assert convert.main([str(path), *command]) == 0
+            close(weights.read(out)[0], jax.device_get(source[1]), 0)
+    out.unlink()
+    whole = (tmp_path / "0True.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    assert "is not a whole PyTorch checkpoint" in error(convert.main, tmp_path / "cut.pth", *command, capsys=capsys)
+    torch.save({"model": tensors, "evil": Code(tmp_path / "touched")}, tmp_path / "evil.pth")
+    assert "which could run code; it was not loaded" in error(convert.main, tmp_path / "evil.pth", *command, capsys=capsys)
+    torch.save({"epoch": 3}, tmp_path / "none.pth")
+    assert "holds no state dict" in error(convert.main, tmp_path / "none.pth", *command, capsys=capsys)
+    assert not (tmp_path / "touched").exists() and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "main, arguments, sentence",
+    [
+        (evaluate.main, ["nowhere"], r"nowhere: there is no such file or directory; give a run"),
+        (evaluate.main, ["{work}"], r"is no run of an experiment; give a run"),
+        (evaluate.main, ["{work}/teacher/slimmable", "--width=0.3"], r"--width: .* has the widths 0\.5, 1, not 0\.3"),
+        (evaluate.main, ["{work}/teacher/slimmable/checkpoints/24"], r"is calibrated when training ends; name the"),
+        (evaluate.main, ["{work}/students/pwkd/seed0", "--width=0.3"], r"--width: .* is a student, of one width"),
+        (evaluate.main, ["{converted}"], r"--data: .* does not say what it was trained on; name a data set"),
+        (evaluate.main, ["{converted}", "--data=digits", "--split=tset"], r"--split: data set 'digits' has no split 'tset'"),
+        (evaluate.main, ["{converted}", "--data=digits", "--width=0.5"], r"--width: .* holds width 1 alone"),
+        (evaluate.main, ["{converted}", "--data=digits", "--batch-size=0"], r"--batch-size: 0 is not possible"),
+        (evaluate.main, ["{converted}", "--data=digits", "--teacher-width=1"], r"--teacher-width: needs --teacher"),
+        (evaluate.main, ["{garbage}/model.stablehlo"], r"is not a whole exported program"),
+        (evaluate.main, ["{garbage}/none.stablehlo"], r"there is no such file"),
+        (evaluate.main, ["{source}", "--data=digits"], r"has no card of this project; python -m pwkd_jax\.convert makes"),
+        (export.main, ["{converted}", "--out={garbage}/o", "--platforms=cpu,gpu"], r"--platforms: 'cpu,gpu' should be some of"),
+        (export.main, ["{converted}", "--out={garbage}/model.stablehlo"], r"--out: .* cannot be written"),
+        (export.main, ["{work}/students/pwkd/seed0", "--out={garbage}/o", "--names=torch"], r"--names: .* no PyTorch original"),
+        (convert.main, ["{source}", "--model=resnet8", "--out=x.pth"], r"--out: 'x\.pth' should end in \.safetensors"),
+        (convert.main, ["{source}", "--model=resnet8", "--out=x.safetensors", "--channels=1"], r"--mean, --std: each should"),
+    ],
+)
+def test_mistakes_are_one_sentence(main, arguments, sentence, run, converted, source, tmp_path, capsys):
+    (tmp_path / "model.stablehlo").write_bytes(b"nothing" * 9)
+    where = {"work": run, "converted": converted, "source": source[0], "garbage": tmp_path}
+    assert re.search(sentence, error(main, *(a.format(**where) for a in arguments), capsys=capsys))
+    assert [p.name for p in tmp_path.iterdir()] == ["model.stablehlo"]
+
+
+def test_images_and_classes_that_a_model_does_not_know(source, tmp_path, capsys):
+    out = tmp_path / "o.safetensors"
+    assert convert.main([str(source[0]), "--model=resnet8", f"--out={out}", "--image-size=16", *AS_DIGITS[1:]]) == 0
+    assert "'digits' has 8x8x1 images in 10 classes, but" in error(evaluate.main, out, "--data=digits", capsys=capsys)
+
+
+# Scores.
+
+
+def test_scores_equal_scikit_learn_and_scipy():
+    rng = np.random.default_rng(0)
+    z, t, labels = rng.standard_normal((200, 10)), rng.standard_normal((200, 10)), rng.integers(0, 10, 200)
+    z, t = log_softmax(3 * z, axis=1), log_softmax(3 * t, axis=1)
+    found = scores.summary(scores.per_image(z, labels, t))
+    p = np.exp(z)
+    np.testing.assert_allclose(found["top1"], 100 * np.mean(z.argmax(1) == labels))
+    np.testing.assert_allclose(found["top5"], 100 * top_k_accuracy_score(labels, p, k=5))
+    np.testing.assert_allclose(found["nll"], log_loss(labels, p), rtol=1e-12)
+    np.testing.assert_allclose(found["divergence"], rel_entr(np.exp(t), p).sum(1).mean(), rtol=1e-12)
+    np.testing.assert_allclose(found["agreement"], 100 * np.mean(z.argmax(1) == t.argmax(1)))
+    confidence, correct, total = p.max(1), z.argmax(1) == labels, 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence > low) & (confidence <= low + 1 / 15)
+        if inside.any():
+            total += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    np.testing.assert_allclose(found["calibration_error"], 100 * total, rtol=1e-9)
+
+
+def test_scores_of_ties_certainty_and_few_classes():
+    even = scores.per_image(np.log(np.full((3, 3), 1 / 3)), np.array([0, 1, 2]))
+    assert even["top1"].tolist() == [1, 0, 0] and even["top5"].tolist() == [1, 1, 1]
+    with np.errstate(divide="ignore"):
+        sure = np.log(np.array([[1.0, 0.0], [0.5, 0.5]]))
+    found = scores.summary(scores.per_image(sure, np.array([0, 1]), sure))
+    assert found["divergence"] == 0 and found["calibration_error"] == pytest.approx(25)
+    assert found["nll"] == pytest.approx(np.log(2) / 2)
+
+
+def test_own_models_convert_under_their_own_names(tmp_path):
+    model = models.create("test_training:Tiny", num_classes=3)
+    variables = jax.device_get(model.init(jax.random.key(0), jnp.zeros((1, *SHAPE))))
+    names = {f"{layer}.{leaf}" for layer in ("conv", "bn", "head") for leaf in ("weight", "bias")}
+    names |= {"bn.running_mean", "bn.running_var"}
+    found = pytorch.to_torch(model, variables)
+    assert found.keys() == names and found["conv.weight"].shape == (8, 1, 3, 3) and found["head.weight"].shape == (3, 8)
+    close(pytorch.to_flax("file", "Tiny", model, SHAPE, found), variables, 0)
+    with pytest.raises(UserError, match=r"Tiny': conv\.weight is \[8, 1, 3, 3\], not \[8, 3, 3, 3\]"):
+        pytorch.to_flax("file", "Tiny", model, (8, 8, 3), found)
+
+
+def test_interrupted_writes_leave_the_old_file(converted, tmp_path, monkeypatch):
+    variables, card = weights.read(converted)
+    path = tmp_path / "w.safetensors"
+    weights.write(path, variables, card)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.fsync", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError):
+        weights.write(path, jax.tree.map(np.zeros_like, variables), card)
+    assert path.read_bytes() == before and {p.name for p in tmp_path.iterdir()} == {"w.safetensors", "w.json"}
+    assert len(flatten_dict(variables)) == len(safetensors.numpy.load(before))
