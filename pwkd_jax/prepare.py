@@ -88,7 +88,8 @@ def _summary(folder: Path) -> str:
     info = tfds.builder_from_directory(folder).info
     lines = [f"{folder}:"]
     lines += [f"  {s}: {split.num_examples:,} images in {split.num_shards} files" for s, split in sorted(info.splits.items())]
-    if classes := getattr(info.features.get("label"), "num_classes", None):
+    named = isinstance(info.features, tfds.features.FeaturesDict) and "label" in info.features
+    if named and (classes := getattr(info.features["label"], "num_classes", None)):
         lines.append(f"  {classes} classes")
     name = info.name if folder.parent.name == info.name else f"{info.name}/{folder.parent.name}"
     root = folder.parents[len(Path(name).parts)]

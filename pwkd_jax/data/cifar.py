@@ -68,11 +68,12 @@ def plan(name: str, data_dir: Path, archive: Path | None = None, verified: bool 
         _check(archive, layout, split, data)
         for first, end in tfds_writer.bounds(len(data), len(data) // layout.record):
             make = functools.partial(records, name, archive, split, first, end, names)
-            shards.append(tfds_writer.Shard(split, end - first, (end - first) * layout.record, make))
+            part = data[first * layout.record : end * layout.record]
+            source = [zlib.crc32(part), first, names]
+            shards.append(tfds_writer.Shard(split, end - first, len(part), source, make))
     lengths = {split: [s.length for s in of] for split, of in tfds_writer.splits_of(shards).items()}
     describe = functools.partial(_describe, name, names, lengths)
-    source = {file: zlib.crc32(data) for file, data in content.items()}
-    return tfds_writer.Plan(data_dir / name, name, VERSION, source, shards, describe)
+    return tfds_writer.Plan(data_dir / name, name, VERSION, shards, describe)
 
 
 def records(
@@ -120,7 +121,7 @@ def _read(archive: Path, layout: Layout, files: tuple[str, ...] = ()) -> dict[st
                 if file in wanted and member.isfile():
                     found[file] = tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, zlib.error) as e:
-        raise UserError(f"{archive}: is cut off or no archive ({str(e) or type(e).__name__}); download it again") from e
+        raise UserError(f"{archive}: is cut off or no archive; download it again") from e
     except OSError as e:  # gzip's own error has no strerror
         raise UserError(f"{archive}: cannot be read ({e.strerror or e})") from e
     if missing := wanted - set(found):

@@ -45,11 +45,12 @@ def plan(
         images = sorted(splits[split], key=lambda image: (hashlib.blake2b(image[0].encode()).digest(), image[0]))
         sizes = [size for *_, size in images]
         for first, end in tfds_writer.bounds(sum(sizes), len(images)):
-            make = functools.partial(records, path, images[first:end])
-            shards.append(tfds_writer.Shard(split, end - first, sum(sizes[first:end]), make))
+            part = images[first:end]
+            shards.append(
+                tfds_writer.Shard(split, end - first, sum(sizes[first:end]), part, functools.partial(records, path, part))
+            )
     lengths = {split: [s.length for s in of] for split, of in tfds_writer.splits_of(shards).items()}
-    source = hashlib.sha256(repr(splits).encode()).hexdigest()
-    return tfds_writer.Plan(data_dir / NAME, NAME, VERSION, source, shards, functools.partial(_describe, lengths))
+    return tfds_writer.Plan(data_dir / NAME, NAME, VERSION, shards, functools.partial(_describe, lengths))
 
 
 def records(tar: Path, images: Sequence[Image]) -> Iterator[bytes]:

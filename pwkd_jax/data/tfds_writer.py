@@ -1,7 +1,7 @@
 """A data set written as TFDS lays it out in array_record, without TensorFlow: shards in parallel, resumed where it was
 stopped, and seen under its own name only when it is whole.
 
-Until then it lives in `home/incomplete.VERSION/`: `plan.json` says what is being written and from what, `files/` holds the
+Until then it lives in `home/incomplete.VERSION/`: `plan.json` says what each file is made from, `files/` holds the
 finished shards. A shard is written under a temporary name and renamed, and `files/` is renamed to `home/VERSION` at the end.
 """
 
@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,24 +32,25 @@ from pwkd_jax.files import replace
 class Shard:
     """One file to be: `length` records of about `size` bytes together.
 
+    source: what it is made from, in JSON's types, so that another run can tell whether it is the same.
     make(): yields the serialised records; it is pickled, to run in another process.
     """
 
     split: str
     length: int
     size: int
+    source: Any
     make: Callable[[], Iterable[bytes]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to write. home: data_dir/name[/config]; source: what it is made from, so that another run can tell it is the same;
-    describe(folder, names): writes everything but the shards, whose file names it gets by split."""
+    """What to write. home: data_dir/name[/config]; describe(folder, names): writes everything but the shards, whose file names
+    it gets by split."""
 
     home: Path
     name: str
     version: str
-    source: Any
     shards: Sequence[Shard]
     describe: Callable[[Path, Mapping[str, list[str]]], None]
 
@@ -128,13 +130,10 @@ def write(plan: Plan, workers: int) -> Path:
     with sole(incomplete):
         files = incomplete / "files"
         with writing_to(incomplete):
-            _keep_or_clear(incomplete, plan)
-            for partial in files.glob(".*"):  # of a run that was killed
-                partial.unlink()
-        names = file_names(plan.name, plan.shards)
-        paths = [files / name for split in names for name in names[split]]
-        shards = [shard for of in splits_of(plan.shards).values() for shard in of]
-        missing = [(path, shard) for path, shard in zip(paths, shards, strict=True) if not path.exists()]
+            names = file_names(plan.name, plan.shards)
+            shards = {n: s for split, of in splits_of(plan.shards).items() for n, s in zip(names[split], of, strict=True)}
+            _keep(incomplete, shards)
+        missing = [(files / name, shard) for name, shard in shards.items() if not (files / name).exists()]
         if len(missing) < len(shards):
             print(f"{incomplete}: {len(shards) - len(missing)} of {len(shards)} files were written before", file=sys.stderr)
         needed, free = sum(shard.size for _, shard in missing), shutil.disk_usage(files).free
@@ -151,17 +150,18 @@ def write(plan: Plan, workers: int) -> Path:
     return plan.folder
 
 
-def _keep_or_clear(incomplete: Path, plan: Plan) -> None:
-    """Keep the shards of an earlier run only if they are shards of this plan."""
-    described = json.dumps([plan.source, [[s.split, s.length] for s in plan.shards]], sort_keys=True)
-    fingerprint = hashlib.sha256(described.encode()).hexdigest()
-    path = incomplete / "plan.json"
-    if not path.exists() or json.loads(path.read_text()) != fingerprint:
-        if (incomplete / "files").exists():
-            print(f"{incomplete}: begun from other files or options, so it is begun anew", file=sys.stderr)
-            shutil.rmtree(incomplete / "files")
-        replace(path, json.dumps(fingerprint))
-    (incomplete / "files").mkdir(exist_ok=True)
+def _keep(incomplete: Path, shards: Mapping[str, Shard]) -> None:
+    """Of the files of an earlier run keep those that are made from what they would be made from now."""
+    files, path = incomplete / "files", incomplete / "plan.json"
+    files.mkdir(exist_ok=True)
+    now = {name: hashlib.sha256(json.dumps([s.length, s.source]).encode()).hexdigest() for name, s in shards.items()}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    stale = [file for file in files.iterdir() if before.get(file.name) != now.get(file.name, "")]
+    for file in stale:
+        file.unlink()
+    replace(path, json.dumps(now))
+    if changed := sum(file.name in before for file in stale):
+        print(f"{incomplete}: {changed} files were made from other images or labels, and are made anew", file=sys.stderr)
 
 
 def run(function: Callable, arguments: Sequence[tuple], results: Sequence, workers: int) -> Iterator:
@@ -174,7 +174,7 @@ def run(function: Callable, arguments: Sequence[tuple], results: Sequence, worke
             yield result
         return
     # Spawned, since JAX's threads do not survive a fork.
-    pool = futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _die_with_parent)
+    pool = futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
     try:
         pending = {pool.submit(function, *each): result for each, result in zip(arguments, results, strict=True)}
         for done in futures.as_completed(pending):
@@ -186,8 +186,10 @@ def run(function: Callable, arguments: Sequence[tuple], results: Sequence, worke
         pool.shutdown(cancel_futures=True)
 
 
-def _die_with_parent() -> None:
-    """A worker whose parent was killed would wait for work forever."""
+def _begin_worker() -> None:
+    """Ctrl-C is for the parent, which lets the shards at hand be finished; killed without notice, it takes its workers along,
+    which would wait for work forever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

@@ -78,19 +78,18 @@ def plan(directory: Path, out: Path | None) -> tfds_writer.Plan:
     if (home / version).resolve() == directory.resolve():
         raise UserError(f"--out: {out} holds the source itself; give another directory")
 
-    shards, sources = [], []
+    shards, sources = [], set()
     for split in splits.values():
         for file, length in zip(map(Path, split.filepaths), split.shard_lengths, strict=True):
             if not file.is_file():
                 raise UserError(f"{file}: is missing; copy or prepare the data set again")
-            state = file.stat()
-            sources.append(file)
-            shards.append(tfds_writer.Shard(split.name, length, state.st_size, functools.partial(records, file, length)))
+            size, changed = file.stat().st_size, file.stat().st_mtime_ns
+            sources.add(file.name)
+            make = functools.partial(records, file, length)
+            shards.append(tfds_writer.Shard(split.name, length, size, [file.name, size, changed], make))
     if not shards:
         raise UserError(f"{directory}: says of itself that it has no files of examples; prepare it again")
-    source = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sources]
-    describe = functools.partial(_describe, directory, {file.name for file in sources})
-    return tfds_writer.Plan(home, name, version, source, shards, describe)
+    return tfds_writer.Plan(home, name, version, shards, functools.partial(_describe, directory, sources))
 
 
 def _describe(directory: Path, sources: set[str], folder: Path, names: Mapping[str, list[str]]) -> None:
