@@ -308,7 +308,7 @@ def test_missing_directories(tmp_path):
     )
     assert _refusal("cifar10", root) == (
         f"data.name: {root} holds no prepared data set 'cifar10' (it holds toy); nothing is downloaded here, so prepare "
-        "it with TFDS first or correct data.data_dir"
+        "it first (python -m pwkd_jax.prepare -h) or correct data.data_dir"
     )
     assert _refusal("toy", f"{root}/toy/1.0.0") == (
         f"data.data_dir: {root}/toy/1.0.0 is one version of a data set; give the folder that holds 'toy', "
@@ -321,7 +321,7 @@ def test_no_random_access(tmp_path):
     root = _tfds(tmp_path, _two(), file_format="tfrecord")
     assert _refusal("toy", root) == (
         f"data.data_dir: {root}/toy/1.0.0 is stored as tfrecord, but random access needs array_record; "
-        "prepare it again with tfds's file_format='array_record', or convert its files"
+        f"convert it with python -m pwkd_jax.prepare tfrecord {tmp_path}/toy/1.0.0"
     )
 
 

@@ -323,10 +323,14 @@ def test_tars_that_are_not_as_they_should_be(ilsvrc, tmp_path, capsys):
         bad.write_bytes(content)
         return _refusal(capsys, *_imagenet(ilsvrc, tmp_path / "tfds", **changes))
 
+    one = _tar({"a.JPEG": b"x"})
     with tarfile.open(ilsvrc[0]) as tar:
         inner = tar.getmembers()
     for end in (700, inner[1].offset, inner[1].offset_data + 600, inner[2].offset_data + inner[2].size):
         assert f"{bad}: is cut off" in refusal(train[:end], train=bad), end
+    for end in (1024 + 5, 1536, 512):  # an inner tar that stops in an image, after one, before one
+        short = {f"{SYNSETS[0]}.tar": _tar({"a.JPEG": b"x" * 700, "b.JPEG": b"x" * 700})[:end], f"{SYNSETS[1]}.tar": one}
+        assert f"{bad}: is cut off" in refusal(_tar(short), train=bad), end
     damaged = bytearray(train)
     damaged[inner[1].offset + 150] ^= 0xFF  # the header's checksum
     assert f"{bad}: is cut off" in refusal(damaged, train=bad)
@@ -335,7 +339,6 @@ def test_tars_that_are_not_as_they_should_be(ilsvrc, tmp_path, capsys):
     for end in (members[3].offset, members[3].offset_data + 5):
         assert f"{bad}: is cut off" in refusal(validation[:end], validation=bad)
     assert "no tar" in refusal(b"not a tar" * 200, validation=bad)
-    one = _tar({"a.JPEG": b"x"})
     assert "n00000000.tar, which is none of ImageNet's" in refusal(_tar({"n00000000.tar": one}), train=bad)
     assert "a.JPEG occurs twice" in refusal(_tar({f"{s}.tar": one for s in SYNSETS[:2]}), train=bad)
     assert "a.JPEG is empty" in refusal(_tar({f"{SYNSETS[0]}.tar": _tar({"a.JPEG": b""})}), train=bad)

@@ -140,11 +140,10 @@ def _members(path: Path, start: int, end: int) -> Iterator[tuple[str, int, int]]
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    if member.offset_data + member.size > end:
-                        raise damaged
                     if member.isfile():
                         yield Path(member.name).name, member.offset_data, member.size
-                # tarfile takes a damaged or missing header for the end; the end is a block of zeros.
+                # tarfile takes a damaged or missing header for the end, and what follows an inner tar for more of it; the end
+                # is a block of zeros.
                 file.seek(tar.offset)
                 if tar.offset + tarfile.BLOCKSIZE > end or any(file.read(tarfile.BLOCKSIZE)):
                     raise damaged

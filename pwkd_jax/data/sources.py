@@ -177,7 +177,7 @@ def _tfds(name: str, data_dir: str) -> _Store:
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
         raise UserError(
             f"data.data_dir: {directory} is stored as {builder.info.file_format.value}, but random access needs array_record; "
-            "prepare it again with tfds's file_format='array_record', or convert its files"
+            f"convert it with python -m pwkd_jax.prepare tfrecord {directory}"
         )
     features = builder.info.features
     names = sorted(features) if isinstance(features, tfds.features.FeaturesDict) else []
@@ -246,7 +246,7 @@ def _find(name: str, data_dir: str, given: bool) -> Path:
     have = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
     raise UserError(
         f"data.name: {root} holds no prepared data set '{match[1]}' (it holds {', '.join(have[:12]) or 'nothing'}); "
-        "nothing is downloaded here, so prepare it with TFDS first or correct data.data_dir"
+        "nothing is downloaded here, so prepare it first (python -m pwkd_jax.prepare -h) or correct data.data_dir"
     )
 
 
