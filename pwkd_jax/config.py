@@ -140,7 +140,7 @@ def load(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     rest = [a for a in argv if not a.startswith(("--config=", "--config.", "--noconfig."))]
     if len(paths) != 1 or not paths[0]:
         raise UserError("give one config file, as in --config=configs/digits.py")
-    config = _complete(_from_file(paths[0]), overrides, paths[0])
+    config = complete(_from_file(paths[0]), overrides, paths[0])
     known = dict(leaves(config))
     for override in overrides:
         if (key := _key(override)) not in known:
@@ -197,7 +197,7 @@ def _from_file(spec: str) -> ConfigDict:
     return config
 
 
-def _complete(given: ConfigDict, overrides: Sequence[str], source: str) -> ConfigDict:
+def complete(given: ConfigDict, overrides: Sequence[str], source: str) -> ConfigDict:
     """The defaults with `given` written over them, key by key; distiller keys are those of the distiller named."""
     name = given.get("student", {}).get("distiller", {}).get("name", "kd")
     chosen = [o.partition("=")[2] for o in overrides if o.startswith("--config.student.distiller.name=")]

@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 from jax import export as jax_export
 
-from pwkd_jax import data, scores, trained
+from pwkd_jax import data, scores, trained, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.training import sharding
 
@@ -86,6 +86,9 @@ def evaluate(
     found, rate = _predict(own, images, batch_size)
     beside, _ = _predict(taught, images, batch_size) if taught else (None, 0)
     labels = images.labels
+    for who, scored in ((target, found), (teacher, beside)):
+        if scored is not None and (bad := int(np.isnan(scored).any(axis=1).sum())):
+            raise UserError(f"{who}: gives no number for {bad} of {len(labels)} images; its weights are not finite")
     result = {"target": target, "model": own.title, "data": name, "split": split, "images": len(labels),
               "images_per_second": rate, **scores.summary(scores.per_image(found, labels, beside))}  # fmt: skip
     if taught:
@@ -108,10 +111,11 @@ def _takes(scored: Scored) -> str:
 
 def _open(target: str, width: float | None, model: str) -> Scored:
     if Path(target).suffix == ".stablehlo":
-        if width is not None:
-            raise UserError(f"--width: {target} is a program, of one width")
+        for option, value in (("--width", width), ("--model", model)):
+            if value:
+                raise UserError(f"{option}: {target} is a program, of one model and width")
         return _open_program(Path(target))
-    found = trained.load(target, width, model)
+    found = trained.load(target, width, model, KINDS)
     mesh = sharding.make_mesh()
     variables = jax.device_put(found.variables, sharding.replicated(mesh))
     run = jax.jit(lambda v, x: jax.nn.log_softmax(found.logits(v, x).astype(jnp.float32)))
@@ -126,21 +130,22 @@ def _open(target: str, width: float | None, model: str) -> Scored:
 
 
 def _open_program(path: Path) -> Scored:
+    weights.refuse_missing(path)
     try:
         program = jax_export.deserialize(bytearray(path.read_bytes()))
         (images,), (out,) = program.in_avals, program.out_avals
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
     except Exception as e:  # flatbuffers and MLIR raise of everything
         raise UserError(f"{path}: is not a whole exported program") from e
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if platform not in program.platforms:
         raise UserError(f"{path}: was exported for {', '.join(program.platforms)}, and this is {platform}")
-    run = jax.jit(lambda x: jnp.log(program.call(x)))
-    known = {"name": "", "data_dir": "", "test_split": "test"}
+    # Probabilities under float32's smallest count as that: a program has no logits to tell them apart.
+    run = jax.jit(lambda x: jnp.log(jnp.maximum(program.call(x), jnp.finfo(jnp.float32).tiny)))
     card = path.with_suffix(".json")
-    if card.exists():
-        known["name"] = json.loads(card.read_text())["source"].get("data", "")
+    try:
+        known = trained.known(json.loads(card.read_text())["source"] if card.exists() else {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{card}: is no card of this project; remove it and name a data set with --data") from e
     return Scored(run, f"a program for {', '.join(program.platforms)}", images.shape[1:], out.shape[1], known, 1)
 
 

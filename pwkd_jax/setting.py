@@ -83,7 +83,8 @@ class Setting:
     def card(self, model: str, width: float, divisor: int, source: dict) -> dict:
         f = self.facts
         return weights.card(model, width, divisor, f["num_classes"], f["image_shape"], f["mean"], f["std"],
-                            {"experiment": self.config.name, "data": f["name"], **source})  # fmt: skip
+                            {"experiment": self.config.name, "data": f["name"], "test_split": self.config.data.test_split,
+                             **source})  # fmt: skip
 
 
 def data_facts(dataset: data.Dataset, mean: Sequence[float], std: Sequence[float]) -> dict:

@@ -107,7 +107,7 @@ def test_imagenet_pairs(pair):
         ("cifar100.py:vgg13-vgg8,nope", r"there is no distiller 'nope'"),
         ("cifar100.py:vgg13-vgg8,", r"'vgg13-vgg8,' has an empty word"),
         ("cifar100.py:vgg13-vgg8,dkd,standardised", r"after vgg13-vgg8,kd the word 'standardised' may follow"),
-        ("tiny_imagenet100.py:small", r"there is no pair ''"),
+        ("tiny_imagenet100.py:vgg13,small", r"there is no pair 'vgg13'"),
         ("imagenet.py:resnet34-resnet18,kd,small", r"is too long; write a pair and a distiller"),
         ("imagenet.py:vgg13-vgg8", r"there is no pair 'vgg13-vgg8'; known are resnet34-resnet18"),
     ],
