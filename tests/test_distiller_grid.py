@@ -192,9 +192,10 @@ print("all")
 """
 # Losses between the images of a batch, over the whole data set, over batch statistics and over maps.
 ACROSS = ("at", "cc", "crd", "dist", "kd", "pkt", "sp")
+ALL = pytest.param(sorted(distillers.BUILTIN), marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("names", [ACROSS, pytest.param(sorted(distillers.BUILTIN), marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("names", [ACROSS, ALL], ids=["some", "all"])
 def test_eight_devices_give_the_loss_and_gradients_of_one(names):
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}

@@ -342,7 +342,7 @@ def test_pytorch_checkpoints(source, tmp_path, capsys):
         (export.main, ["{converted}", "--out={garbage}/o", "--platforms=cpu,gpu"], r"--platforms: 'cpu,gpu' should be some of"),
         (export.main, ["{converted}", "--out={garbage}/model.stablehlo"], r"--out: .* cannot be written"),
         (export.main, ["{work}/students/pwkd/seed0", "--out={garbage}/o", "--names=torch"], r"--names: .* no PyTorch original"),
-        (convert.main, ["{source}", "--model=resnet8", "--out=x.pth"], r"--out: 'x\.pth' should be a name ending in \.safetensors"),
+        (convert.main, ["{source}", "--model=resnet8", "--out=x.pth"], r"--out: 'x\.pth' should be a name ending in"),
         (convert.main, ["{source}", "--model=resnet8", "--out=x.safetensors", "--channels=1"], r"--mean, --std: each should"),
         (convert.main, ["{source}", "--model=resnet8", "--out=x.safetensors", "--mean=nan,0,0"], r"--mean, --std: each should"),
         (convert.main, ["{source}", "--model=vit_tiny_patch16", "--out=x.safetensors"], r"--mean, --std: give those that"),
