@@ -76,9 +76,8 @@ class ViT(nn.Module):
         heads = channels(self.heads, self.width, 1)
         hidden = channels(4 * self.features, self.width, self.divisor)
         size = (self.patch, self.patch)
-        bias = uniform_bias(self.patch**2 * x.shape[-1])
-        patches = nn.Conv(self.features, size, strides=size, padding="VALID", kernel_init=uniform, bias_init=bias, name="patch_conv")
-        x = stem = patches(x)
+        starts = {"kernel_init": uniform, "bias_init": uniform_bias(self.patch**2 * x.shape[-1])}
+        x = stem = nn.Conv(self.features, size, strides=size, padding="VALID", name="patch_conv", **starts)(x)
         batch, height, width, features = x.shape
         x = x.reshape(batch, height * width, features)
         token = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, features))
