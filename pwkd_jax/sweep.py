@@ -6,9 +6,9 @@
     --run=I, =all    run point I (a SLURM_ARRAY_TASK_ID) or all, one after the other; --run=teachers, =students: those
     --dry-run        with --run: print the commands instead
 
-The file is TOML: `config`, the same text as --config=, in which {name} stands for the axis of that name; [grid], lists to cross,
-named so or by config keys; [set], keys that are the same for all. An entry of a list may be a table of keys with its own `name`:
-pair = [{name = "big-small", "teacher.model" = "resnet56", "student.model" = "resnet20"}, ...]
+The file is TOML: `config`, the same text as --config=, in which {name} stands for the axis of that name; [grid], lists to
+cross, named so or by config keys; [set], keys that are the same for all. An entry of a list may be a table of keys with its
+own `name`: pair = [{name = "big-small", "teacher.model" = "resnet56", "student.model" = "resnet20"}, ...]
 
 A point is one workdir, ROOT/POINT. Points whose data and teacher keys agree share a teacher, trained by a point of its own,
 ROOT/teachers/MODEL; these come first, and the others need them finished. The axes `arms` and `seed` may split the runs of one
@@ -96,7 +96,7 @@ def _read(path: Path) -> tuple[str, dict[str, list], dict[str, Any]]:
             raise UserError(f"{path}: grid.{axis}: give each table a name")
         if axis in fixed:
             raise UserError(f"{path}: '{axis}' stands in [grid] and in [set]; keep one of them")
-        grid[axis] = [{k: v for k, v in _flat(entry)} if isinstance(entry, dict) else entry for entry in entries]
+        grid[axis] = [dict(_flat(entry)) if isinstance(entry, dict) else entry for entry in entries]
     if missing := [word for word in re.findall(r"\{([^{}]*)\}", base) if word not in grid]:
         raise UserError(f"{path}: config names {{{missing[0]}}}, which is not in [grid]")
     return base, grid, fixed
