@@ -43,7 +43,7 @@ stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
 
 submit() {
-  local name=$1 python=python command; shift
+  local workload=$1 python=python command; shift
   local image=(--docker-image="${IMAGE:-}") prepare='cd /app && '
   if [ -z "${IMAGE:-}" ]; then
     [ -e "$stage/launch" ] || do_it cp -R "${CODE[@]/#/$root/}" "$stage"
@@ -52,7 +52,7 @@ submit() {
   fi
   # exec: xpk sends SIGTERM to the shell that it starts, and training must be that process to save and end with 75.
   command="${prepare}exec $(quoted "$python" -m "$@")"
-  do_it xpk workload create "${where[@]}" --workload="$name" --tpu-type="$TYPE" --num-slices="${SLICES:-1}" "${image[@]}" \
+  do_it xpk workload create "${where[@]}" --workload="$workload" --tpu-type="$TYPE" --num-slices="${SLICES:-1}" "${image[@]}" \
     --restart-on-exit-codes=75 --max-restarts="${MAX_RESTARTS:-100}" --termination-grace-period-seconds=120 \
     ${extra[@]+"${extra[@]}"} --command="$command"
 }

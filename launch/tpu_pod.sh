@@ -130,14 +130,15 @@ start() {
   say "training on all workers"
   # shellcheck disable=SC2016  # the worker expands it
   on_all "cd pwkd; if [ -f pid ] && kill -0 \"\$(cat pid)\" 2>/dev/null; then exit 0; fi; rm -f exit; nohup setsid bash -c $(
-    quoted "$command; echo \$? >exit"
+    quoted "$command; echo \$? >exit.new; mv exit.new exit"
   ) >>log 2>&1 </dev/null & echo \$! >pid"
 }
 run() {
-  local found s
+  local found s unreachable=0
   up
   while :; do
     found=$(codes || true)
+    if [ -n "$found" ]; then unreachable=0; else unreachable=$((unreachable + 1)); fi
     if [ -n "$DRY" ]; then start "$@"; codes; return 0; fi
     if grep -q running <<<"$found"; then
       :
@@ -156,7 +157,10 @@ run() {
         nap; s=$(state)
         [ "$s" = ACTIVE ] || continue
         logs; say "training failed with $(sort -rn <<<"$found" | head -1)"; return 1
-      else say "waiting: $s"; fi
+      else
+        [ "$unreachable" -lt 20 ] || { say "the workers cannot be reached; training may go on there"; return 1; }
+        say "waiting: $s"
+      fi
     fi
     nap
   done
