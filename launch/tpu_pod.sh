@@ -129,7 +129,7 @@ start() {
   command=$(quoted .venv/bin/python -m "$MODULE" "$@")
   say "training on all workers"
   # shellcheck disable=SC2016  # the worker expands it
-  on_all "cd pwkd; if [ -f pid ] && kill -0 \"\$(cat pid)\" 2>/dev/null; then exit 0; fi; rm -f exit; nohup setsid bash -c $(
+  on_all "cd pwkd; if [ ! -f exit ] && [ -f pid ] && kill -0 \"\$(cat pid)\" 2>/dev/null; then exit 0; fi; rm -f exit; nohup setsid bash -c $(
     quoted "$command; echo \$? >exit.new; mv exit.new exit"
   ) >>log 2>&1 </dev/null & echo \$! >pid"
 }
