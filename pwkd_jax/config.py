@@ -46,7 +46,7 @@ def default() -> ConfigDict:
     config = ConfigDict()
     config.name = "experiment"  # shown in the report
     config.seed = 0  # the teacher's; students use seed, seed + 1, ...
-    config.seeds = 3  # students per arm
+    config.seeds = 3  # students per arm; 0 trains the arms' teachers alone
     config.arms = ("alone", "kd_whole", "kd_whole_cyclic", "pwkd")  # see stages.ARMS
 
     config.data = ConfigDict({
@@ -65,6 +65,7 @@ def default() -> ConfigDict:
     config.teacher = ConfigDict({
         "model": "resnet20",  # see models.create; or module:Name
         "weights": "",  # a .safetensors of convert or export: where training starts; kd_standard's teacher as it is
+        "run": "",  # the workdir of another experiment whose finished teachers teach here too, instead of ones trained anew
         "order": "bn_scale",  # of its channels, the most important first, by bn_scale or l1; or none
         "widths": (0.25, 0.5, 0.75, 1.0),  # the sub-networks
         "divisor": 0,  # channels: 0 exact, otherwise rounded to multiples
@@ -271,7 +272,7 @@ def check(config: ConfigDict) -> None:
         values = dict(leaves(config))[key]
         need(key, all(type(v) in (int, float) for v in values), "a list of numbers, as in (0.5,1.0)")
 
-    need("seeds", c.seeds >= 1, "at least 1")
+    need("seeds", c.seeds >= 0, "0 (teachers alone) or more")
     need("seed", 0 <= c.seed < 2**31, "between 0 and 2^31 - 1")
     need("arms", bool(c.arms) and len(set(c.arms)) == len(c.arms), "a list of different arms")
     for arm in c.arms:

@@ -19,7 +19,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from pwkd_jax import slimmable, stages, weights
+from pwkd_jax import lending, slimmable, stages, weights
 from pwkd_jax.config import leaves
 from pwkd_jax.errors import UserError
 from pwkd_jax.files import replace
@@ -31,7 +31,10 @@ from pwkd_jax.training import loop, sharding, student, teacher
 from pwkd_jax.training import state as states
 
 # Keys that may change between two commands in one workdir: they add runs to it, or change nothing of a finished one.
-FREE = ("name", "arms", "seeds", "data.data_dir", "student.ensemble", "log.every", "log.tensorboard", "checkpoint.every")
+FREE = (
+    "name", "arms", "seeds", "data.data_dir", "teacher.run", "student.ensemble", "log.every", "log.tensorboard",
+    "checkpoint.every",
+)  # fmt: skip
 
 
 def run(config: ConfigDict, workdir: Path) -> dict:
@@ -41,6 +44,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     teaching = {t: {w for plan in plans.values() for s in plan if s.teacher == t for w in s.widths} for t in setting.teachers}
     wanted = [t for t, widths in teaching.items() if widths]
     distillations = {t: setting.distillation(t, teaching[t]) for t in wanted}
+    lending.check(config, setting.facts, wanted)
     _claim(workdir, config, setting.facts)
     _announce(setting, wanted)
 
@@ -58,7 +62,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
                 result = _study(setting, directory, arm, plan, seed, steps(), frozen, distillations.get(source))
             runs.append(result)
 
-    known = [*teacher_results.values(), *runs]
+    known = [*([] if config.teacher.run else teacher_results.values()), *runs]
     summary = reporting.build(
         name=config.name,
         config=json.loads(config.to_json()),
@@ -80,6 +84,13 @@ def run(config: ConfigDict, workdir: Path) -> dict:
 def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict], dict]:
     """({width: frozen variables}, result) of a teacher, trained as far as it was not yet."""
     c, net, directory = setting.config.teacher, setting.teachers[name], workdir / "teacher" / name
+    if c.run:
+        lending.copy(Path(c.run), workdir, name)
+    if result := _result(directory):
+        paths = {w: directory / f"width_{slimmable.width_key(w)}.safetensors" for w in net.table}
+        # A file has no place for a collection without arrays: a model without batch norm has one.
+        frozen = {w: {key: {} for key in net.likes[w]} | weights.read(path, c.model)[0] for w, path in paths.items()}
+        return setting.place(frozen), result
     if name == "standard" and name in setting.start:
         return _given(setting, directory)
     images = len(setting.dataset.train.labels)
