@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from pwkd_jax import distillers, models, slimmable, stages
 from pwkd_jax.errors import UserError
+from pwkd_jax.models import compute
 
 
 def _optimizer() -> ConfigDict:
@@ -48,6 +49,9 @@ def default() -> ConfigDict:
     config.seed = 0  # the teacher's; students use seed, seed + 1, ...
     config.seeds = 3  # students per arm; 0 trains the arms' teachers alone
     config.arms = ("alone", "kd_whole", "kd_whole_cyclic", "pwkd")  # see stages.ARMS
+    config.dtype = "float32"  # of convolutions and products; bfloat16 leaves parameters, statistics and losses float32
+    config.batch_norm_group = 0  # batch norm over groups of so many images; 0: over the global batch
+    config.mesh = ConfigDict({"model": 1})  # so many devices share one copy of a network; 1: pure data parallelism
 
     config.data = ConfigDict({
         "name": "digits",  # scikit-learn's digits, or any TFDS image classification set
@@ -79,6 +83,7 @@ def default() -> ConfigDict:
         "batch_norm": "switchable",  # switchable, private_stats or shared
         "duration": "240 epochs",
         "batch_size": 64,
+        "sharding": "replicated",  # of parameters and optimiser state; fsdp: large arrays split over the devices
     })  # fmt: skip
     config.teacher.calibration = ConfigDict({
         "images": 0,  # measure batch-norm statistics anew on so many training images; 0: keep the running ones
@@ -103,6 +108,8 @@ def default() -> ConfigDict:
         "same_crop": True,  # the teacher sees the student's augmented images
         "ensemble": 2,  # stage-end snapshots in the extra row of the results
         "batch_size": 64,
+        "sharding": "replicated",  # as the teacher's
+        "teacher_sharding": "replicated",  # of the frozen sub-network that teaches
     })  # fmt: skip
     config.student.distiller = ConfigDict({"name": "kd", **distillers.fields("kd")})
     config.student.optimizer = _optimizer()
@@ -277,6 +284,11 @@ def check(config: ConfigDict) -> None:
     need("arms", bool(c.arms) and len(set(c.arms)) == len(c.arms), "a list of different arms")
     for arm in c.arms:
         need("arms", arm in stages.ARMS, "from " + ", ".join(stages.ARMS))
+    one_of("dtype", compute.DTYPES)
+    need("batch_norm_group", c.batch_norm_group >= 0, "0 (the global batch) or a number of images")
+    need("mesh.model", c.mesh.model >= 1, "1 (pure data parallelism) or the number of devices that share a network")
+    for key in ("teacher.sharding", "student.sharding", "student.teacher_sharding"):
+        one_of(key, ("replicated", "fsdp"))
     need("data.num_classes", c.data.num_classes >= 0, "0 (as the data set says) or its number of classes")
     need("data.crop_padding", c.data.crop_padding >= 0, "0 or more pixels")
     for key in ("data.mean", "data.std", "teacher.widths", "teacher.pool", "student.widths", "student.stage_shares",
@@ -304,6 +316,9 @@ def check(config: ConfigDict) -> None:
     need("teacher.pool", all(min(t.widths) < w < max(t.widths) for w in t.pool), "between the ends of teacher.widths")
     need("teacher.calibration.images", t.calibration.images >= 0, "0 (off) or a number of images")
     need("teacher.calibration.batch_size", t.calibration.batch_size >= 1, "at least 1")
+    need("teacher.calibration.batch_size", not (c.batch_norm_group and t.calibration.images)
+         or t.calibration.batch_size % c.batch_norm_group == 0,
+         f"a multiple of batch_norm_group, which is {c.batch_norm_group}")  # fmt: skip
     need("teacher.calibration.seed", t.calibration.seed >= 0, "0 or more")
 
     one_of("student.budget", ("total", "per_stage"))
@@ -335,6 +350,8 @@ def check(config: ConfigDict) -> None:
         need(f"{who}.schedule.milestones", all(0 < m < 1 for m in r.milestones) and list(r.milestones) ==
              sorted(set(r.milestones)), "rising fractions of the cycle between 0 and 1")  # fmt: skip
         need(f"{who}.batch_size", g.batch_size >= 1, "at least 1")
+        need(f"{who}.batch_size", not c.batch_norm_group or g.batch_size % c.batch_norm_group == 0,
+             f"a multiple of batch_norm_group, which is {c.batch_norm_group}")  # fmt: skip
         stages.steps(g.duration, f"{who}.duration", batch_size=1, images=1)
         stages.steps(r.warmup, f"{who}.schedule.warmup", batch_size=1, images=1, total=1, zero=True)
     need("evaluation.batch_size", c.evaluation.batch_size >= 1, "at least 1")

@@ -33,7 +33,7 @@ from pwkd_jax.training import state as states
 # Keys that may change between two commands in one workdir: they add runs to it, or change nothing of a finished one.
 FREE = (
     "name", "arms", "seeds", "data.data_dir", "teacher.run", "student.ensemble", "log.every", "log.tensorboard",
-    "checkpoint.every",
+    "checkpoint.every", "mesh.model", "teacher.sharding", "student.sharding", "student.teacher_sharding",
 )  # fmt: skip
 
 
@@ -101,22 +101,21 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
     step = teacher.make_step(
         net, tx, schedule, setting.preprocess, reduction=c.reduction, subnetworks=c.subnetworks, **sandwich
     )
-    step = sharding.jit_step(setting.mesh, step)
+    create = setting.teacher_state(name)
+    step = sharding.jit_step(setting.mesh, step, create.layout)
     calibrate = teacher.make_calibration(net, setting.dataset.train, setting.preprocess, setting.mesh, **c.calibration)
 
     def freeze(state: states.State) -> dict[float, dict]:
         frozen = teacher.freeze(net, state.params, state.collections)
-        return calibrate(frozen) if c.calibration.images else frozen
+        frozen = calibrate(frozen) if c.calibration.images else frozen
+        return setting.place(frozen, setting.config.student.teacher_sharding)
 
     def evaluate(state: states.State) -> dict[str, float]:
         scores = {w: setting.evaluator(net.members[w], v)["top1"] for w, v in freeze(state).items()}
         return {f"top1_{slimmable.width_key(w)}": score for w, score in scores.items()}
 
-    given = setting.start.get(name)
-    first = net.spread(given) if given else net.init(jax.random.key(setting.config.seed), setting.dataset.image_shape)
-    params, statistics = first
-    state = setting.place(states.create(setting.config.seed, params, statistics, tx))
-    overview = parameter_overview.get_parameter_overview(net.extract(params, statistics, net.widest)["params"])
+    state = create(setting.config.seed, setting.start.get(name))
+    overview = parameter_overview.get_parameter_overview(net.extract(state.params, state.collections, net.widest)["params"])
     replace(directory / "parameters.txt", overview + "\n")
     state, rows = loop.run(
         directory, f"teacher/{name}", state, [loop.Segment(total, step, lambda s: s)],
@@ -146,7 +145,8 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
 
 def _given(setting: Setting, directory: Path) -> tuple[dict[float, dict], dict]:
     """The same of an ordinary teacher whose weights were given: it is not trained, only scored."""
-    c, net, variables = setting.config.teacher, setting.teachers["standard"], setting.place(setting.start["standard"])
+    c, net, variables = setting.config.teacher, setting.teachers["standard"], setting.start["standard"]
+    variables = setting.place(variables, setting.config.student.teacher_sharding)
     begun = time.monotonic()
     top1 = setting.evaluator(net.members[1.0], variables)["top1"]
     row = {"width": 1.0, **_costs(setting, net.members[1.0]), "top1_last": top1, "top1_best": top1}
@@ -163,39 +163,41 @@ def _keep(setting: Setting, directory: Path, name: str, frozen: dict[float, dict
     for width, variables in frozen.items():
         source = {"run": f"teacher/{name}", "steps": result["steps"], "top1": top1[width]}
         card = setting.card(c.model, width, c.divisor, source)
-        weights.write(directory / f"width_{slimmable.width_key(width)}.safetensors", variables, card)
+        path = directory / f"width_{slimmable.width_key(width)}.safetensors"
+        weights.write(path, sharding.on_host(variables), card)
     replace(directory / "result.json", json.dumps(result))
 
 
 # The student.
 
 
-def _student_steps(setting: Setting, plan, distillation) -> dict[tuple[float, ...], Callable]:
-    """{widths: compiled step} of an arm, made once for all its seeds and stages."""
+def _student_steps(setting: Setting, plan, distillation) -> tuple[Callable, dict[tuple[float, ...], Callable]]:
+    """(creator of the first state, {widths: compiled step}) of an arm, made once for all its seeds and stages."""
     c, net = setting.config.student, setting.teachers.get(plan[0].teacher)
     schedule = setting.schedule("student", *setting.spans(plan))
-    steps = {}
+    create, steps = setting.student_state(distillation), {}
     for widths in dict.fromkeys(stage.widths for stage in plan):
         step = student.make_step(
             setting.student, net.members if net else {}, widths, distillation, plan, setting.optimizer("student"),
             schedule, setting.preprocess, same_crop=c.same_crop,
         )  # fmt: skip
-        steps[widths] = sharding.jit_step(setting.mesh, step)
-    return steps
+        steps[widths] = sharding.jit_step(setting.mesh, step, create.layout)
+    return create, steps
 
 
 def _study(setting: Setting, directory: Path, arm: str, plan, seed: int, steps, frozen, distillation) -> dict:
     """The result of one student: one arm, one seed."""
     c, images = setting.config.student, len(setting.dataset.train.labels)
     total, ends, tx = plan[-1].end, [s.end for s in plan], setting.optimizer("student")
+    create, steps = steps
 
     def fresh() -> states.State:
-        return setting.place(student.init(
-            setting.student, setting.dataset.image_shape, distillation, tx, seed, setting.start.get("student")
-        ))
+        return create(seed, setting.start.get("student"))
 
     def enter(state: states.State) -> states.State:
-        return setting.place(student.enter_stage(state, fresh, tx, c.reset, c.connectors)) if int(state.step) else state
+        if not int(state.step):
+            return state
+        return setting.place(student.enter_stage(state, fresh, tx, c.reset, c.connectors), c.sharding)
 
     def judged(state: states.State) -> tuple:
         """(model, variables) whose logits count: the student's, unless its distiller has the last word on them."""

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from pwkd_jax import data, distillers, models, ordering, slimmable, stages, weights
 from pwkd_jax.errors import UserError
-from pwkd_jax.training import loop, sharding
+from pwkd_jax.models import compute
+from pwkd_jax.training import loop, sharding, student
 from pwkd_jax.training import state as states
 from pwkd_jax.training.evaluation import Evaluator
 
@@ -64,8 +65,28 @@ class Setting:
     def optimizer(self, who: str):
         return states.optimizer(**self.config[who].optimizer)
 
-    def place(self, state: states.State) -> states.State:
-        return jax.device_put(state, sharding.replicated(self.mesh))
+    def place(self, tree, how: str = "replicated"):
+        return sharding.place(self.mesh, tree, how)
+
+    def teacher_state(self, name: str) -> Callable:
+        """create(seed, given variables or None) -> the first state of a teacher, made where `teacher.sharding` has it."""
+        net, shape, tx = self.teachers[name], self.dataset.image_shape, self.optimizer("teacher")
+
+        def make(seed, given):
+            first = net.spread(given) if given else net.init(jax.random.key(seed), shape)
+            return states.create(seed, *first, tx)
+
+        return sharding.creator(self.mesh, make, self.config.teacher.sharding, 0, self.start.get(name))
+
+    def student_state(self, distillation: distillers.Distillation | None) -> Callable:
+        """The same of a student, by `student.sharding`."""
+
+        def make(seed, given):
+            return student.init(
+                self.student, self.dataset.image_shape, distillation, self.optimizer("student"), seed, given
+            )
+
+        return sharding.creator(self.mesh, make, self.config.student.sharding, 0, self.start.get("student"))
 
     def plan(self, arm: str) -> list[stages.Stage]:
         return plan(self.config, self.facts, arm)
@@ -101,7 +122,7 @@ def data_facts(dataset: data.Dataset, mean: Sequence[float], std: Sequence[float
 
 
 def networks(config: ConfigDict, facts: dict) -> tuple[dict[str, slimmable.Slimmable], nn.Module]:
-    """({name: teacher}, student) of a config, built and checked by shapes alone. Raises UserError."""
+    """({name: teacher}, student) of a config, built and checked by shapes alone, computed as it says. Raises UserError."""
     c, shape, classes = config, tuple(facts["image_shape"]), facts["num_classes"]
 
     def family(width: float) -> nn.Module:
@@ -119,7 +140,11 @@ def networks(config: ConfigDict, facts: dict) -> tuple[dict[str, slimmable.Slimm
         models.abstract(pupil, shape)
     except models.WidthError as e:
         raise UserError(f"student.width: {e}") from e
-    return nets, pupil
+    wrap = functools.partial(compute.wrap, dtype=c.dtype, group=c.batch_norm_group)
+    wrapped = {
+        name: dataclasses.replace(net, members={w: wrap(m) for w, m in net.members.items()}) for name, net in nets.items()
+    }
+    return wrapped, wrap(pupil)
 
 
 def stage_lengths(config: ConfigDict, facts: dict) -> list[int]:
@@ -182,12 +207,12 @@ def _ordered(teacher: ConfigDict, net: slimmable.Slimmable, whole: dict, shape: 
         raise UserError("teacher.weights: are those of width 1, which should then be one of teacher.widths")
     if teacher.order == "none" or len(net.widths) == 1:
         return whole
-    return ordering.order(net.members[1.0], whole, shape, net.likes[net.widths[-1]], teacher.order)
+    return ordering.order(compute.plain(net.members[1.0]), whole, shape, net.likes[net.widths[-1]], teacher.order)
 
 
 def prepare(config: ConfigDict) -> Setting:
     """Read the data and check that everything fits, by shapes alone. Raises UserError; writes nothing."""
-    c, mesh = config, sharding.make_mesh()
+    c, mesh = config, sharding.make_mesh(config.mesh.model)
     sharding.check_batch(mesh, c.teacher.batch_size, "teacher.batch_size")
     sharding.check_batch(mesh, c.student.batch_size, "student.batch_size")
     if c.teacher.calibration.images:
