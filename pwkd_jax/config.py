@@ -48,6 +48,7 @@ def default() -> ConfigDict:
     config.seed = 0  # the teacher's; students use seed, seed + 1, ...
     config.seeds = 3  # students per arm
     config.arms = ("alone", "kd_whole", "kd_whole_cyclic", "pwkd")  # see stages.ARMS
+    config.steps_per_dispatch = 0  # of one compiled loop, at most, over images on the devices; 0: 1 on CPU, otherwise 100
 
     config.data = ConfigDict({
         "name": "digits",  # scikit-learn's digits, or any TFDS image classification set
@@ -59,6 +60,7 @@ def default() -> ConfigDict:
         "flip": False,  # random horizontal flip
         "mean": (),  # per channel, of pixels in [0, 1]; (): measured
         "std": (),
+        "on_device": "auto",  # the training images, whole on every device: auto (up to 1 GiB), always or never
     })  # fmt: skip
 
     # Table A of the algorithm: the decomposable teacher.
@@ -276,6 +278,10 @@ def check(config: ConfigDict) -> None:
     need("arms", bool(c.arms) and len(set(c.arms)) == len(c.arms), "a list of different arms")
     for arm in c.arms:
         need("arms", arm in stages.ARMS, "from " + ", ".join(stages.ARMS))
+    need("steps_per_dispatch", c.steps_per_dispatch >= 0, "0 (chosen for you) or the most steps of one dispatch")
+    one_of("data.on_device", ("auto", "always", "never"))
+    need("steps_per_dispatch", c.steps_per_dispatch <= 1 or c.data.on_device != "never",
+         "0 or 1 where data.on_device is 'never'")  # fmt: skip
     need("data.num_classes", c.data.num_classes >= 0, "0 (as the data set says) or its number of classes")
     need("data.crop_padding", c.data.crop_padding >= 0, "0 or more pixels")
     for key in ("data.mean", "data.std", "teacher.widths", "teacher.pool", "student.widths", "student.stage_shares",

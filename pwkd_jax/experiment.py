@@ -27,11 +27,12 @@ from pwkd_jax.models import costs
 from pwkd_jax.reporting import summary as reporting
 from pwkd_jax.reporting.environment import environment
 from pwkd_jax.setting import Setting, prepare
-from pwkd_jax.training import loop, sharding, student, teacher
+from pwkd_jax.training import dispatch, loop, sharding, student, teacher
 from pwkd_jax.training import state as states
 
 # Keys that may change between two commands in one workdir: they add runs to it, or change nothing of a finished one.
-FREE = ("name", "arms", "seeds", "data.data_dir", "student.ensemble", "log.every", "log.tensorboard", "checkpoint.every")
+FREE = ("name", "arms", "seeds", "data.data_dir", "data.on_device", "steps_per_dispatch", "student.ensemble", "log.every",
+        "log.tensorboard", "checkpoint.every")  # fmt: skip
 
 
 def run(config: ConfigDict, workdir: Path) -> dict:
@@ -90,7 +91,7 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
     step = teacher.make_step(
         net, tx, schedule, setting.preprocess, reduction=c.reduction, subnetworks=c.subnetworks, **sandwich
     )
-    step = sharding.jit_step(setting.mesh, step)
+    step = sharding.jit_step(setting.mesh, dispatch.many(step))
     calibrate = teacher.make_calibration(net, setting.dataset.train, setting.preprocess, setting.mesh, **c.calibration)
 
     def freeze(state: states.State) -> dict[float, dict]:
@@ -169,7 +170,7 @@ def _student_steps(setting: Setting, plan, distillation) -> dict[tuple[float, ..
             setting.student, net.members if net else {}, widths, distillation, plan, setting.optimizer("student"),
             schedule, setting.preprocess, same_crop=c.same_crop,
         )  # fmt: skip
-        steps[widths] = sharding.jit_step(setting.mesh, step)
+        steps[widths] = sharding.jit_step(setting.mesh, dispatch.many(step))
     return steps
 
 
