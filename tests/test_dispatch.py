@@ -254,6 +254,15 @@ def test_mistakes(overrides, sentence):
         config.load(["--config=configs/digits.py", *(f"--config.{o}" for o in overrides)])
 
 
+@pytest.mark.slow
+def test_a_small_step_is_dispatched_five_times_as_often():
+    line = [sys.executable, "tests/bench/dispatch.py", "--json"]
+    clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(line, env=clean, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
+    found = json.loads(done.stdout)["models"]["linear"]
+    assert found["milliseconds"]["loop"]["median"] < 0.1 and found["times_host"]["loop"]["least"] >= 5
+
+
 CACHE = """
 import jax
 from pwkd_jax import cache
