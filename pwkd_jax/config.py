@@ -52,6 +52,7 @@ def default() -> ConfigDict:
     config.dtype = "float32"  # of convolutions and products; bfloat16 leaves parameters, statistics and losses float32
     config.batch_norm_group = 0  # batch norm over groups of so many images; 0: over the global batch
     config.mesh = ConfigDict({"model": 1})  # so many devices share one copy of a network; 1: pure data parallelism
+    config.steps_per_dispatch = 0  # of one compiled loop, at most, over images on the devices; 0: 1 on CPU, otherwise 100
 
     config.data = ConfigDict({
         "name": "digits",  # scikit-learn's digits, or any TFDS image classification set
@@ -63,6 +64,7 @@ def default() -> ConfigDict:
         "flip": False,  # random horizontal flip
         "mean": (),  # per channel, of pixels in [0, 1]; (): measured
         "std": (),
+        "on_device": "auto",  # the training images, whole on every device: auto (up to 1 GiB), always or never
     })  # fmt: skip
 
     # Table A of the algorithm: the decomposable teacher.
@@ -289,6 +291,10 @@ def check(config: ConfigDict) -> None:
     need("mesh.model", c.mesh.model >= 1, "1 (pure data parallelism) or the number of devices that share a network")
     for key in ("teacher.sharding", "student.sharding", "student.teacher_sharding"):
         one_of(key, ("replicated", "fsdp"))
+    need("steps_per_dispatch", c.steps_per_dispatch >= 0, "0 (chosen for you) or the most steps of one dispatch")
+    one_of("data.on_device", ("auto", "always", "never"))
+    need("steps_per_dispatch", c.steps_per_dispatch <= 1 or c.data.on_device != "never",
+         "0 or 1 where data.on_device is 'never'")  # fmt: skip
     need("data.num_classes", c.data.num_classes >= 0, "0 (as the data set says) or its number of classes")
     need("data.crop_padding", c.data.crop_padding >= 0, "0 or more pixels")
     for key in ("data.mean", "data.std", "teacher.widths", "teacher.pool", "student.widths", "student.stage_shares",

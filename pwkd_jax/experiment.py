@@ -27,13 +27,14 @@ from pwkd_jax.models import costs
 from pwkd_jax.reporting import summary as reporting
 from pwkd_jax.reporting.environment import environment
 from pwkd_jax.setting import Setting, prepare
-from pwkd_jax.training import loop, sharding, student, teacher
+from pwkd_jax.training import dispatch, loop, sharding, student, teacher
 from pwkd_jax.training import state as states
 
 # Keys that may change between two commands in one workdir: they add runs to it, or change nothing of a finished one.
 FREE = (
-    "name", "arms", "seeds", "data.data_dir", "teacher.run", "student.ensemble", "log.every", "log.tensorboard",
-    "checkpoint.every", "mesh.model", "teacher.sharding", "student.sharding", "student.teacher_sharding",
+    "name", "arms", "seeds", "data.data_dir", "data.on_device", "steps_per_dispatch", "teacher.run", "student.ensemble",
+    "log.every", "log.tensorboard", "checkpoint.every", "mesh.model", "teacher.sharding", "student.sharding",
+    "student.teacher_sharding",
 )  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
         net, tx, schedule, setting.preprocess, reduction=c.reduction, subnetworks=c.subnetworks, **sandwich
     )
     create = setting.teacher_state(name)
-    step = sharding.jit_step(setting.mesh, step, create.layout)
+    step = sharding.jit_step(setting.mesh, dispatch.many(step), create.layout)
     calibrate = teacher.make_calibration(net, setting.dataset.train, setting.preprocess, setting.mesh, **c.calibration)
 
     def freeze(state: states.State) -> dict[float, dict]:
@@ -181,7 +182,7 @@ def _student_steps(setting: Setting, plan, distillation) -> tuple[Callable, dict
             setting.student, net.members if net else {}, widths, distillation, plan, setting.optimizer("student"),
             schedule, setting.preprocess, same_crop=c.same_crop,
         )  # fmt: skip
-        steps[widths] = sharding.jit_step(setting.mesh, step, create.layout)
+        steps[widths] = sharding.jit_step(setting.mesh, dispatch.many(step), create.layout)
     return create, steps
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from pwkd_jax import data, distillers, models, ordering, slimmable, stages, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import compute
-from pwkd_jax.training import loop, sharding, student
+from pwkd_jax.training import dispatch, loop, sharding, student
 from pwkd_jax.training import state as states
 from pwkd_jax.training.evaluation import Evaluator
 
@@ -42,8 +42,16 @@ class Setting:
         c = self.config.data
         return self.normalise(data.augment(key, images, c.crop_padding, c.flip))
 
+    @functools.cached_property
+    def stored(self) -> dict[str, jax.Array]:
+        """The training data on the devices, once for all runs."""
+        return dispatch.store(self.mesh, self.dataset.train)
+
     def batches(self, batch_size: int, seed: int) -> Callable:
+        c, images = self.config, self.dataset.train.images
         pipeline = data.Pipeline(self.dataset.train, batch_size, seed, jax.process_index(), jax.process_count())
+        if dispatch.on_device(c.data.on_device, images):
+            return dispatch.Resident(self.mesh, pipeline, self.stored, dispatch.most(c.steps_per_dispatch, True))
         labels = jax.device_put(self.dataset.train.labels, sharding.replicated(self.mesh))
         return lambda step: sharding.put_batch(self.mesh, pipeline(step)) | {"dataset_label": labels}
 
@@ -218,6 +226,7 @@ def prepare(config: ConfigDict) -> Setting:
     if c.teacher.calibration.images:
         sharding.check_batch(mesh, c.teacher.calibration.batch_size, "teacher.calibration.batch_size")
     dataset = data.load(c.data.name, c.data.data_dir, c.data.train_split, c.data.test_split, c.data.num_classes)
+    dispatch.most(c.steps_per_dispatch, dispatch.on_device(c.data.on_device, dataset.train.images))
     shape = dataset.image_shape
     mean, std = (c.data.mean, c.data.std) if c.data.mean else data.channel_statistics(dataset.train.images)
     if len(mean) != shape[-1]:

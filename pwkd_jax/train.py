@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import logging
 
-from pwkd_jax import config, experiment
+from pwkd_jax import cache, config, experiment
 from pwkd_jax.errors import UserError
 from pwkd_jax.reporting import summary
 
@@ -20,6 +20,7 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__)
         return 0
     logging.set_verbosity(logging.ERROR)  # TFDS and Orbax warn of things that a user here cannot act on
+    cache.enable()
     try:
         settings, rest = config.load(argv)
         workdirs = [a.partition("=")[2] for a in rest if a.startswith("--workdir=")]

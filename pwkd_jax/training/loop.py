@@ -13,16 +13,27 @@ from pwkd_jax.training.state import State
 from pwkd_jax.training.writers import Progress, Writer
 
 
-def fit(state: State, step: Callable, pipeline: Callable, until: int, hooks: Sequence[Callable] = ()) -> State:
+def fit(
+    state: State,
+    step: Callable,
+    pipeline: Callable,
+    until: int,
+    hooks: Sequence[Callable] = (),
+    due: Callable[[int], bool] = lambda at: True,
+) -> State:
     """Train to global step `until`: state, metrics = step(state, pipeline(n)), then every hook(n + 1, state, metrics).
 
     Hooks run in the order given, before the next batch is taken: log and evaluate first, save last, so that a
-    checkpoint never stands without the metrics that led to it.
+    checkpoint never stands without the metrics that led to it. A pipeline with `most` gives up to so many batches at
+    once, pipeline(n, count), to one call of `step`; hooks run after such a chunk, and one ends at every step that is due.
     """
-    at = int(state.step)
+    at, most = int(state.step), getattr(pipeline, "most", 1)
     while at < until:
-        state, metrics = step(state, pipeline(at))
-        at += 1
+        count = 1
+        while count < most and at + count < until and not due(at + count):
+            count += 1
+        state, metrics = step(state, pipeline(at) if count == 1 else pipeline(at, count))
+        at += count
         for hook in hooks:
             hook(at, state, metrics)
     return state
@@ -77,11 +88,14 @@ def run(
     progress = Progress(label, ends[-1], begin)
     running, clock = Running(), _Clock(begin)
 
+    def due(at: int) -> bool:
+        # A row at every checkpoint too: the next window then starts there, resumed or not.
+        return at in ends or any(at % every == 0 for every in (cadence.log, cadence.evaluate, cadence.save))
+
     def record(at: int, state: State, metrics) -> None:
         running.add(metrics)
         evaluating = at % cadence.evaluate == 0 or at in ends
-        # A row at every checkpoint too: the next window then starts there, resumed or not.
-        if not (evaluating or at % cadence.log == 0 or at % cadence.save == 0):
+        if not due(at):
             return progress.update(at)
         means = running.flush()
         if not math.isfinite(means["train_loss"]):
@@ -107,7 +121,7 @@ def run(
             if begin < segment.end:
                 if int(state.step) == start:
                     state = segment.enter(state)
-                state = fit(state, segment.step, pipeline, segment.end, (record, save))
+                state = fit(state, segment.step, pipeline, segment.end, (record, save), due)
             start = segment.end
     finally:
         writer.flush()

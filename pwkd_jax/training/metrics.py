@@ -22,17 +22,25 @@ def collect(values: dict[str, jax.Array], mask: jax.Array | None = None) -> clu_
     return _collection(tuple(values)).single_from_model_output(**values, mask=mask)
 
 
-_merge = jax.jit(lambda a, b: a.merge(b))
+@jax.jit
+def _merge(total, metrics):
+    """`total` and the steps of `metrics` one after another, so that the sums do not tell which steps came together."""
+    steps = jax.tree.map(jnp.ravel, metrics)
+    total = jax.tree.map(lambda x: jnp.zeros((), x.dtype), steps) if total is None else total
+    return jax.lax.scan(lambda total, one: (total.merge(one), None), total, steps)[0]
 
 
 class Running:
-    """Merges collections on the device, one dispatch each, and reads the means once, in `flush`."""
+    """Merges collections on the device, one dispatch each, and reads the means once, in `flush`.
+
+    A collection is that of one step, or of several along a leading axis.
+    """
 
     def __init__(self):
         self._total = None
 
     def add(self, metrics: clu_metrics.Collection) -> None:
-        self._total = metrics if self._total is None else _merge(self._total, metrics)
+        self._total = _merge(self._total, metrics)
 
     def flush(self) -> dict[str, float]:
         if self._total is None:

@@ -101,9 +101,9 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a global batch, as global arrays sharded along their first axis."""
-    sharding = NamedSharding(mesh, P("data"))
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], axis: int = 0) -> dict[str, jax.Array]:
+    """This process's rows of a global batch, as global arrays sharded along the axis of the rows."""
+    sharding = NamedSharding(mesh, P(*[None] * axis, "data"))
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
