@@ -143,8 +143,8 @@ def terminated_at(look: int, monkeypatch) -> None:
 @pytest.mark.parametrize(
     "look, step",
     [
-        pytest.param(1, None, id="before the first run"),
-        pytest.param(2, 1, id="compiling"),
+        pytest.param(1, None, id="before the first run", marks=pytest.mark.slow),
+        pytest.param(2, 1, id="compiling", marks=pytest.mark.slow),
         pytest.param(8, 7, id="within a window"),
         pytest.param(9, 8, id="evaluating"),
     ],
