@@ -27,7 +27,7 @@ from pwkd_jax.models import costs
 from pwkd_jax.reporting import summary as reporting
 from pwkd_jax.reporting.environment import environment
 from pwkd_jax.setting import Setting, prepare
-from pwkd_jax.training import dispatch, loop, sharding, student, teacher
+from pwkd_jax.training import dispatch, distributed, loop, preemption, sharding, student, teacher
 from pwkd_jax.training import state as states
 
 # Keys that may change between two commands in one workdir: they add runs to it, or change nothing of a finished one.
@@ -40,13 +40,13 @@ FREE = (
 
 def run(config: ConfigDict, workdir: Path) -> dict:
     """Train what is not yet trained, write summary.json and report.html, and return the summary."""
-    setting = prepare(config)
+    setting = distributed.together(lambda: prepare(config))
     plans = {arm: setting.plan(arm) for arm in config.arms}
     teaching = {t: {w for plan in plans.values() for s in plan if s.teacher == t for w in s.widths} for t in setting.teachers}
     wanted = [t for t, widths in teaching.items() if widths]
     distillations = {t: setting.distillation(t, teaching[t]) for t in wanted}
-    lending.check(config, setting.facts, wanted)
-    _claim(workdir, config, setting.facts)
+    distributed.together(lambda: lending.check(config, setting.facts, wanted))
+    distributed.decide(lambda: _claim(workdir, config, setting.facts))
     _announce(setting, wanted)
 
     taught = {name: functools.cache(functools.partial(_teach, setting, workdir, name)) for name in wanted}
@@ -75,7 +75,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
         seconds=sum(r["seconds"] for r in known),
         ensemble_members=config.student.ensemble,
     )
-    reporting.write(summary, workdir)
+    distributed.decide(lambda: reporting.write(summary, workdir))
     return summary
 
 
@@ -86,12 +86,12 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
     """({width: frozen variables}, result) of a teacher, trained as far as it was not yet."""
     c, net, directory = setting.config.teacher, setting.teachers[name], workdir / "teacher" / name
     if c.run:
-        lending.copy(Path(c.run), workdir, name)
+        distributed.decide(lambda: lending.copy(Path(c.run), workdir, name))
     if result := _result(directory):
         paths = {w: directory / f"width_{slimmable.width_key(w)}.safetensors" for w in net.table}
         # A file has no place for a collection without arrays: a model without batch norm has one.
         frozen = {w: {key: {} for key in net.likes[w]} | weights.read(path, c.model)[0] for w, path in paths.items()}
-        return setting.place(frozen), result
+        return setting.place(frozen, setting.config.student.teacher_sharding), result
     if name == "standard" and name in setting.start:
         return _given(setting, directory)
     images = len(setting.dataset.train.labels)
@@ -117,7 +117,7 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
 
     state = create(setting.config.seed, setting.start.get(name))
     overview = parameter_overview.get_parameter_overview(net.extract(state.params, state.collections, net.widest)["params"])
-    replace(directory / "parameters.txt", overview + "\n")
+    _write(directory / "parameters.txt", overview + "\n")
     state, rows = loop.run(
         directory, f"teacher/{name}", state, [loop.Segment(total, step, lambda s: s)],
         setting.batches(c.batch_size, setting.config.seed), evaluate, setting.cadence(total, c.batch_size),
@@ -162,11 +162,13 @@ def _keep(setting: Setting, directory: Path, name: str, frozen: dict[float, dict
     c = setting.config.teacher
     top1 = {row["width"]: row["top1_last"] for row in result["widths"]}
     for width, variables in frozen.items():
+        variables = distributed.fetch(variables)
+        if not distributed.primary():
+            continue
         source = {"run": f"teacher/{name}", "steps": result["steps"], "top1": top1[width]}
         card = setting.card(c.model, width, c.divisor, source)
-        path = directory / f"width_{slimmable.width_key(width)}.safetensors"
-        weights.write(path, sharding.on_host(variables), card)
-    replace(directory / "result.json", json.dumps(result))
+        weights.write(directory / f"width_{slimmable.width_key(width)}.safetensors", variables, card)
+    _write(directory / "result.json", json.dumps(result))
 
 
 # The student.
@@ -219,7 +221,7 @@ def _study(setting: Setting, directory: Path, arm: str, plan, seed: int, steps, 
     ]
     state = fresh()
     overview = parameter_overview.get_parameter_overview(state.params)
-    replace(directory / "parameters.txt", overview + "\n")
+    _write(directory / "parameters.txt", overview + "\n")
     state, rows = loop.run(
         directory, f"{arm}/seed{seed}", state, segments, setting.batches(c.batch_size, seed), evaluate,
         setting.cadence(total, c.batch_size), images=images, batch_size=c.batch_size, texts={"parameters": overview},
@@ -244,7 +246,7 @@ def _study(setting: Setting, directory: Path, arm: str, plan, seed: int, steps, 
         "learning_rates": [[int(s), float(rates[s])] for s in shown],
         **_effort(rows, total, c.batch_size, images),
     }
-    replace(directory / "result.json", json.dumps(result))
+    _write(directory / "result.json", json.dumps(result))
     return json.loads(json.dumps(result))
 
 
@@ -275,9 +277,15 @@ def _title(name: str, width: float) -> str:
 
 
 def _result(directory: Path) -> dict | None:
-    """What a finished run left, or None."""
+    """What a finished run left, or None: then it is this run's turn. Raises Preempted between runs."""
+    preemption.check()
     path = directory / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return distributed.decide(lambda: json.loads(path.read_text()) if path.exists() else None)
+
+
+def _write(path: Path, content: str) -> None:
+    if distributed.primary():
+        replace(path, content)
 
 
 def _claim(workdir: Path, config: ConfigDict, facts: dict) -> None:

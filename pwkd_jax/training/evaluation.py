@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pwkd_jax import data, models, slimmable
-from pwkd_jax.training import metrics, sharding
+from pwkd_jax.training import metrics, preemption, sharding
 
 
 class Evaluator:
@@ -28,11 +27,14 @@ class Evaluator:
             values = {"top1": metrics.top1(z, batch["label"]), "loss": slimmable.cross_entropy(z, batch["label"])}
             return metrics.collect(values, batch["mask"])
 
-        self._score = jax.jit(score, static_argnums=0)
-        self._softmax = jax.jit(lambda *args: jax.nn.softmax(logits(*args)), static_argnums=0)
+        # Replicated, so that every process can read them.
+        whole = {"static_argnums": 0, "out_shardings": sharding.replicated(mesh)}
+        self._score = jax.jit(score, **whole)
+        self._softmax = jax.jit(lambda *args: jax.nn.softmax(logits(*args)), **whole)
 
     def _batches(self):
         for batch in data.eval_batches(self._split, self._batch_size, jax.process_index(), jax.process_count()):
+            preemption.check()
             yield sharding.put_batch(self._mesh, batch)
 
     def __call__(self, model, variables: dict) -> dict[str, float]:
@@ -44,9 +46,9 @@ class Evaluator:
 
         Huang et al., Snapshot Ensembles, ICLR 2017.
         """
-        total, result = jnp.zeros(()), []
+        total, result = np.zeros((), np.float32), []
         for model, variables in reversed(snapshots):
-            probabilities = jnp.concatenate([self._softmax(model, variables, b) for b in self._batches()])
+            probabilities = np.concatenate([np.asarray(self._softmax(model, variables, b)) for b in self._batches()])
             total = total + probabilities[: len(self._split.labels)]
-            result.append(100.0 * int(np.sum(np.asarray(total).argmax(-1) == self._split.labels)) / len(self._split.labels))
+            result.append(100.0 * int(np.sum(total.argmax(-1) == self._split.labels)) / len(self._split.labels))
         return result

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu import metrics as clu_metrics
 
 
@@ -41,6 +42,19 @@ class Running:
 
     def add(self, metrics: clu_metrics.Collection) -> None:
         self._total = _merge(self._total, metrics)
+
+    def dump(self) -> dict | None:
+        """The sums so far as JSON holds them exactly, or None if there are none."""
+        if self._total is None:
+            return None
+        names = [field.name for field in dataclasses.fields(self._total) if not field.name.startswith("_")]
+        arrays = [np.asarray(x) for x in jax.tree.leaves(self._total)]
+        return {"names": names, "sums": [[a.dtype.name, a.tolist()] for a in arrays]}
+
+    def load(self, dumped: dict) -> None:
+        """Go on from what `dump` gave."""
+        like = jax.tree.structure(_collection(tuple(dumped["names"])).empty())
+        self._total = jax.tree.unflatten(like, [np.asarray(x, dtype) for dtype, x in dumped["sums"]])
 
     def flush(self) -> dict[str, float]:
         if self._total is None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -88,17 +87,6 @@ def creator(mesh: Mesh, make: Callable, how: str, *like) -> Callable:
 def place(mesh: Mesh, tree: Any, how: str = "replicated") -> Any:
     """`tree` moved to where `shardings` has it."""
     return jax.device_put(tree, shardings(mesh, tree, how))
-
-
-def on_host(tree: Any) -> Any:
-    """NumPy copies of whole arrays, wherever their parts are; all processes must call it together."""
-
-    def one(x):
-        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-            return multihost_utils.process_allgather(x, tiled=True)
-        return np.asarray(x)
-
-    return jax.tree.map(one, tree)
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], axis: int = 0) -> dict[str, jax.Array]:

@@ -50,7 +50,7 @@ def make_calibration(net: Slimmable, split: data.Split, preprocess, mesh, *, ima
         key = jax.random.fold_in(jax.random.key(seed), step)
         return slimmable.batch_statistics(member, variables, preprocess(key, batch["image"]))
 
-    compiled = jax.jit(one, static_argnums=0)
+    compiled = jax.jit(one, static_argnums=0, out_shardings=sharding.replicated(mesh))
 
     def calibrate(frozen: dict[float, dict]) -> dict[float, dict]:
         result = {}
