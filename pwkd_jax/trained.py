@@ -53,6 +53,7 @@ def load(target: str, width: float | None = None, model: str = "") -> Trained:
     facts = json.loads((workdir / "data.json").read_text())
     source = {"experiment": config.name, "data": facts["name"], "run": "/".join(parts)}
     known = {key: config.data[key] for key in ("name", "data_dir", "test_split")}
+    known |= {key: config.data.get(key, 0) for key in ("image_size", "resize")}
     read = _teacher if parts[0] == "teacher" else _student
     found, variables, about = read(target, workdir, run, step, width, config, facts)
     card = weights.card(

@@ -5,8 +5,8 @@ normalisation to float32 (`augment`)."""
 
 from pwkd_jax.data.augment import augment, channel_statistics, normalise
 from pwkd_jax.data.pipeline import Pipeline
-from pwkd_jax.data.sources import Dataset, Split, Streaming, load, load_split
+from pwkd_jax.data.sources import Dataset, Split, Streaming, load, load_split, many_sizes
 from pwkd_jax.data.stream import Stream, batches, eval_batches
 
 __all__ = ["Dataset", "Pipeline", "Split", "Stream", "Streaming", "augment", "batches", "channel_statistics", "eval_batches",
-           "load", "load_split", "normalise"]  # fmt: skip
+           "load", "load_split", "many_sizes", "normalise"]  # fmt: skip

@@ -1,9 +1,11 @@
 """A folder of image files: data_dir/SPLIT/CLASS/any-name.jpg, as most image data sets are handed around."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 
 from pwkd_jax.data.images import Unreadable, decode
 from pwkd_jax.errors import UserError
@@ -96,6 +98,17 @@ def part(found: dict[str, Files], ranges: Sequence[tuple[str, int, int]]) -> Fil
     """The files of (split, first, one past the last) ranges, laid end to end."""
     paths = [p for split, start, stop in ranges for p in found[split]._paths[start:stop]]
     return Files(paths, np.concatenate([found[split].labels()[start:stop] for split, start, stop in ranges]))
+
+
+def many_sizes(found: dict[str, Files]) -> bool:
+    """Whether the headers of the files, as far as they are images, give more than one size."""
+    sizes = set()
+    for path in (path for files in found.values() for path in files._paths):
+        with contextlib.suppress(OSError), PIL.Image.open(path) as image:
+            sizes.add(image.size)
+        if len(sizes) > 1:
+            return True
+    return False
 
 
 def decode_all(files: Files) -> tuple[np.ndarray, np.ndarray]:

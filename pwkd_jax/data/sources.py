@@ -75,13 +75,15 @@ class _Store:
     """What `load` needs of a place that holds images.
 
     shards: {split: number of records in each of its files}; num_classes: 0 where the store does not say;
-    read(ranges, num_classes) -> Split; source(ranges) -> a `stream.Source` of the same images, still encoded.
+    read(ranges, num_classes) -> Split; source(ranges) -> a `stream.Source` of the same images, still encoded;
+    many_sizes(): whether it is, or may be, of images of many sizes.
     """
 
     shards: Mapping[str, list[int]]
     num_classes: int
     read: Callable[[list[Range], int], Split]
     source: Callable | None = None
+    many_sizes: Callable[[], bool] = lambda: False
 
 
 def load(
@@ -124,6 +126,11 @@ def load_split(
     """(one split of the data set `name`, its number of classes); arguments and errors as `load` has them."""
     store, classes = _open(name, data_dir, num_classes)
     return _take(store, _ranges("--split", split, name, store.shards), name, classes, streaming), classes
+
+
+def many_sizes(name: str, data_dir: str) -> bool:
+    """Whether the data set `name` is of images of many sizes (TFDS: does not promise one), which have to be streamed."""
+    return (_digits() if name == "digits" else _folder(data_dir) if name == "folder" else _tfds(name, data_dir)).many_sizes()
 
 
 def _take(store: _Store, ranges: list[Range], name: str, num_classes: int, streaming: Streaming | None) -> Split:
@@ -218,7 +225,8 @@ def _folder(data_dir: str) -> _Store:
     def read(ranges: list[Range], num_classes: int) -> Split:
         return Split(*folder.decode_all(folder.part(found, ranges)))
 
-    return _Store({s: [len(f)] for s, f in found.items()}, len(classes), read, lambda ranges: folder.part(found, ranges))
+    return _Store({s: [len(f)] for s, f in found.items()}, len(classes), read, lambda ranges: folder.part(found, ranges),
+                  lambda: folder.many_sizes(found))  # fmt: skip
 
 
 def _tfds(name: str, data_dir: str) -> _Store:
@@ -255,7 +263,8 @@ def _tfds(name: str, data_dir: str) -> _Store:
     def read(ranges: list[Range], num_classes: int) -> Split:
         return _decode(builder, name, ranges, num_classes)
 
-    return _Store(shards, getattr(label, "num_classes", None) or 0, read, functools.partial(Records, builder.info.data_dir))
+    return _Store(shards, getattr(label, "num_classes", None) or 0, read, functools.partial(Records, builder.info.data_dir),
+                  lambda: None in image.shape)  # fmt: skip
 
 
 def _decode(builder, name: str, ranges: list[Range], num_classes: int) -> Split:

@@ -5,20 +5,16 @@ depend on the seed and the place in that order alone. So neither the number of h
 resumed changes an image, and the step stays the only state. Grain carries batches from the workers.
 """
 
-import contextlib
 import dataclasses
 import functools
-import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from pwkd_jax.data import images, pipeline
+from pwkd_jax.data.ahead import Reader, cores
 from pwkd_jax.data.images import Unreadable
 from pwkd_jax.data.pipeline import Pipeline
 from pwkd_jax.data.sources import Split, Streaming
@@ -26,8 +22,6 @@ from pwkd_jax.errors import UserError
 
 # Records fetched by one call: enough to share the cost of a call, few enough to keep them out of memory.
 _CHUNK = 32
-# Grain wants a length; no run is as long, in batches.
-_ENDLESS = 1 << 40
 
 
 class Source(Protocol):
@@ -45,7 +39,7 @@ class Stream:
     def __init__(self, source: Source, num_classes: int, options: Streaming):
         self.source, self.num_classes, self.options = source, num_classes, options
         self.skipped: dict[int, str] = {}  # {index: reason} of the training images that could not be read so far
-        self._scored: dict[tuple, _Reader] = {}
+        self._scored: dict[tuple, Reader] = {}
 
     def __len__(self) -> int:
         return len(self.source)
@@ -90,7 +84,7 @@ class Stream:
         process_count does not divide batch_size.
         """
         order = Pipeline(self.source, batch_size, seed, process_index, process_count)
-        read = _Reader(_Train(self.source, self.num_classes, self.options, order, self.allowed), self.options.workers, cycle)
+        read = Reader(_Train(self.source, self.num_classes, self.options, order, self.allowed), self.options.workers, cycle)
 
         def batch(step: int) -> dict[str, np.ndarray]:
             found = read(int(step))
@@ -107,10 +101,10 @@ class Stream:
         if key not in self._scored:
             rows = pipeline._host_rows(*key)
             count = -(-len(self) // batch_size)
-            workers = min(count, _cores() if self.options.workers < 0 else self.options.workers)
+            workers = min(count, cores() if self.options.workers < 0 else self.options.workers)
             batches = _Eval(self.source, self.num_classes, self.options, batch_size, rows)
             # Kept, and read in a circle: the next evaluation finds its workers alive and its first batches made.
-            self._scored[key] = _Reader(batches, workers, count)
+            self._scored[key] = Reader(batches, workers, count)
         return map(self._scored[key], range(self._scored[key].cycle))
 
 
@@ -186,6 +180,10 @@ class _Train:
     order: Pipeline
     allowed: int
 
+    @property
+    def nbytes(self) -> int:
+        return len(self.order.rows) * self.options.image_size**2 * 3
+
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         o, wanted = self.options, self.order.index(step)[0]
         positions = step * self.order.batch_size + self.order.rows
@@ -219,6 +217,10 @@ class _Eval:
     batch_size: int
     rows: np.ndarray
 
+    @property
+    def nbytes(self) -> int:
+        return len(self.rows) * self.options.image_size**2 * 3
+
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         o, index = self.options, number * self.batch_size + self.rows
         real = index < len(self.source)
@@ -235,96 +237,3 @@ class _Eval:
             _check_label(self.source, int(index[row]), label, self.num_classes)
             image[row], labels[row] = pixels, label
         return {"image": image, "label": labels, "index": index, "mask": real.astype(np.float32)}
-
-
-# Reading ahead.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Numbered:
-    """Batches start, start + 1, ... (of a circle) as Grain reads a source."""
-
-    batch: Callable[[int], dict[str, np.ndarray]]
-    start: int
-    cycle: int
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, number) -> dict[str, np.ndarray]:
-        step = self.start + int(number)
-        return self.batch(step % self.cycle if self.cycle else step)
-
-
-class _Reader:
-    """reader(step) -> batch(step), made ahead by `workers` processes (below 0: one a core; 0: a thread of this one).
-
-    Each worker makes whole batches, every workers-th one, and holds two; steps that follow each other come from one
-    stream, and any other step begins a new one. Raises UserError, also for a worker that died.
-    """
-
-    def __init__(self, batch: Callable[[int], dict[str, np.ndarray]], workers: int, cycle: int = 0):
-        self.batch, self.cycle = batch, cycle
-        self._workers = _cores() if workers < 0 else workers
-        self._iterator, self._next = None, -1
-
-    def __call__(self, step: int) -> dict[str, np.ndarray]:
-        if self._iterator is None or step != self._next:
-            self.close()
-            self._iterator = self._open(step)
-        try:
-            result = next(self._iterator)
-        except UserError:
-            self.close()
-            raise
-        except Exception as e:  # of the workers' own kind, or Grain's about a worker that is gone
-            self.close()
-            if self._workers:
-                raise UserError(
-                    f"data.workers: a process that decodes images stopped ({type(e).__name__}: "
-                    f"{(str(e).strip() or 'no reason given').splitlines()[0]}); use fewer, or data.workers=0 to see where"
-                ) from e
-            raise
-        self._next = (step + 1) % self.cycle if self.cycle else step + 1
-        return result
-
-    def _open(self, step: int):
-        import grain
-        from absl import flags
-
-        if not flags.FLAGS.is_parsed():  # Grain reads its own flags, which our commands do not define to absl
-            flags.FLAGS.mark_as_parsed()
-        numbered = grain.MapDataset.source(_Numbered(self.batch, step, self.cycle))
-        # Counted in batches, the elements here: one that is being made and one that is ready.
-        stream = numbered.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        if self._workers:
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(self._workers), functools.partial(_begin, os.getpid()))
-        return iter(stream)
-
-    def close(self) -> None:
-        """End the workers."""
-        iterator, self._iterator = self._iterator, None
-        if iterator is not None and hasattr(iterator, "close"):
-            with contextlib.suppress(Exception):
-                iterator.close()
-
-    def __del__(self):
-        self.close()
-
-
-def _cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _begin(parent: int, worker: int, workers: int) -> None:
-    """What a worker process does first."""
-    # Control-C reaches every process of a terminal; the parent alone says what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)  # the parent was killed and could not end us
-
-    threading.Thread(target=watch, daemon=True).start()
