@@ -55,8 +55,8 @@ def default() -> ConfigDict:
     config.steps_per_dispatch = 0  # of one compiled loop, at most, over images on the devices; 0: 1 on CPU, otherwise 100
 
     config.data = ConfigDict({
-        "name": "digits",  # scikit-learn's digits, or any TFDS image classification set
-        "data_dir": "",  # where TFDS sets lie; '' is TFDS's own default, ~/tensorflow_datasets
+        "name": "digits",  # scikit-learn's digits, any TFDS image classification set, or folder: SPLIT/CLASS/IMAGE
+        "data_dir": "",  # where TFDS sets lie, or the folder; '' is TFDS's own default, ~/tensorflow_datasets
         "train_split": "train",  # TFDS slicing: train[:5000]
         "test_split": "test",
         "num_classes": 0,  # 0: as the data set says; otherwise it must agree
@@ -65,6 +65,11 @@ def default() -> ConfigDict:
         "mean": (),  # per channel, of pixels in [0, 1]; (): measured
         "std": (),
         "on_device": "auto",  # the training images, whole on every device: auto (up to 1 GiB), always or never
+        "image_size": 0,  # 0: images of one size, decoded once into RAM; above: streamed, cropped to so many pixels
+        "scale": (0.08, 1.0),  # streamed: area of the random crops of training, as parts of the image's
+        "resize": 256,  # streamed: shorter side of test images before their central crop
+        "workers": -1,  # streamed: processes that decode; -1: one a core, 0: none but this
+        "unreadable": 0.0,  # streamed: share of the training images that may be skipped
     })  # fmt: skip
 
     # Table A of the algorithm: the decomposable teacher.
@@ -293,8 +298,10 @@ def check(config: ConfigDict) -> None:
         one_of(key, ("replicated", "fsdp"))
     need("steps_per_dispatch", c.steps_per_dispatch >= 0, "0 (chosen for you) or the most steps of one dispatch")
     one_of("data.on_device", ("auto", "always", "never"))
-    need("steps_per_dispatch", c.steps_per_dispatch <= 1 or c.data.on_device != "never",
-         "0 or 1 where data.on_device is 'never'")  # fmt: skip
+    need("data.on_device", c.data.on_device != "always" or not c.data.image_size,
+         "auto or never where images are streamed, which is where data.image_size is above 0")  # fmt: skip
+    need("steps_per_dispatch", c.steps_per_dispatch <= 1 or not (c.data.on_device == "never" or c.data.image_size),
+         "0 or 1 where images are streamed or data.on_device is 'never'")  # fmt: skip
     need("data.num_classes", c.data.num_classes >= 0, "0 (as the data set says) or its number of classes")
     need("data.crop_padding", c.data.crop_padding >= 0, "0 or more pixels")
     for key in ("data.mean", "data.std", "teacher.widths", "teacher.pool", "student.widths", "student.stage_shares",
@@ -302,6 +309,20 @@ def check(config: ConfigDict) -> None:
         numbers(key)
     need("data.std", all(v > 0 for v in c.data.std) and len(c.data.std) == len(c.data.mean),
          "one number above 0 for each channel, given together with data.mean")  # fmt: skip
+
+    d = c.data
+    numbers("data.scale")
+    need("data.image_size", d.image_size >= 0, "0 (of one size, in RAM) or the pixels each way of streamed images")
+    need("data.scale", len(d.scale) == 2 and 0 < d.scale[0] <= d.scale[1] <= 1,
+         "the smallest and the largest part of the area, as in (0.08,1.0)")  # fmt: skip
+    need("data.resize", d.resize >= d.image_size, f"at least data.image_size, which is {d.image_size}")
+    need("data.workers", d.workers >= -1, "-1 (one a core), 0 (none but this process) or a number of processes")
+    need("data.unreadable", 0 <= d.unreadable < 1, "in [0, 1)")
+    if d.image_size:
+        need("data.crop_padding", not d.crop_padding, "0 where data.image_size streams random crops of its own")
+        need("data.mean", bool(d.mean), "given, with data.std, where data.image_size streams images, which cannot be measured "
+             "first, as in (0.485,0.456,0.406)")  # fmt: skip
+        need("student.same_crop", s.same_crop, "true where data.image_size streams images, which come cropped to both")
 
     for key, widths in (("teacher.widths", t.widths), ("teacher.pool", t.pool)):
         need(key, all(0 < w <= 1 for w in widths) and len(set(widths)) == len(widths), "different widths in (0, 1]")

@@ -32,9 +32,9 @@ from pwkd_jax.training import state as states
 
 # Keys that may change between two commands in one workdir: they add runs to it, or change nothing of a finished one.
 FREE = (
-    "name", "arms", "seeds", "data.data_dir", "data.on_device", "steps_per_dispatch", "teacher.run", "student.ensemble",
-    "log.every", "log.tensorboard", "checkpoint.every", "mesh.model", "teacher.sharding", "student.sharding",
-    "student.teacher_sharding",
+    "name", "arms", "seeds", "data.data_dir", "data.workers", "data.on_device", "steps_per_dispatch", "teacher.run",
+    "student.ensemble", "log.every", "log.tensorboard", "checkpoint.every", "mesh.model", "teacher.sharding",
+    "student.sharding", "student.teacher_sharding",
 )  # fmt: skip
 
 
@@ -76,6 +76,8 @@ def run(config: ConfigDict, workdir: Path) -> dict:
         ensemble_members=config.student.ensemble,
     )
     distributed.decide(lambda: reporting.write(summary, workdir))
+    if skipped := setting.dataset.train.skipped:
+        print(f"warning: {len(skipped)} training images could not be read and were replaced by others; they are named above")
     return summary
 
 
@@ -94,7 +96,7 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
         return setting.place(frozen, setting.config.student.teacher_sharding), result
     if name == "standard" and name in setting.start:
         return _given(setting, directory)
-    images = len(setting.dataset.train.labels)
+    images = len(setting.dataset.train)
     total = stages.steps(c.duration, "teacher.duration", batch_size=c.batch_size, images=images)
     tx, schedule = setting.optimizer("teacher"), setting.schedule("teacher", [(0, total)])
     # A standard teacher is the same network with one width; then there is nothing to sample or to distil in place.
@@ -182,7 +184,7 @@ def _student_steps(setting: Setting, plan, distillation) -> tuple[Callable, dict
     for widths in dict.fromkeys(stage.widths for stage in plan):
         step = student.make_step(
             setting.student, net.members if net else {}, widths, distillation, plan, setting.optimizer("student"),
-            schedule, setting.preprocess, same_crop=c.same_crop,
+            schedule, setting.preprocess, images=len(setting.dataset.train), same_crop=c.same_crop,
         )  # fmt: skip
         steps[widths] = sharding.jit_step(setting.mesh, dispatch.many(step), create.layout)
     return create, steps
@@ -190,7 +192,7 @@ def _student_steps(setting: Setting, plan, distillation) -> tuple[Callable, dict
 
 def _study(setting: Setting, directory: Path, arm: str, plan, seed: int, steps, frozen, distillation) -> dict:
     """The result of one student: one arm, one seed."""
-    c, images = setting.config.student, len(setting.dataset.train.labels)
+    c, images = setting.config.student, len(setting.dataset.train)
     total, ends, tx = plan[-1].end, [s.end for s in plan], setting.optimizer("student")
     create, steps = steps
 
@@ -312,7 +314,7 @@ def _claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
 def _announce(setting: Setting, wanted: list[str]) -> None:
     c, d = setting.config, setting.dataset
     print(
-        f"{c.name}: {len(d.train.labels)} training and {len(d.test.labels)} test images of {d.name}, "
+        f"{c.name}: {len(d.train)} training and {len(d.test)} test images of {d.name}, "
         f"{d.num_classes} classes, {setting.mesh.size} {jax.devices()[0].platform} device(s)"
     )
     lines = [(f"teacher {c.teacher.model}", w, setting.teachers["slimmable"].members[w])

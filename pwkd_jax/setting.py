@@ -40,7 +40,8 @@ class Setting:
 
     def preprocess(self, key: jax.Array, images: jax.Array) -> jax.Array:
         c = self.config.data
-        return self.normalise(data.augment(key, images, c.crop_padding, c.flip))
+        # Streamed images were mirrored where they were cropped, on the host.
+        return self.normalise(data.augment(key, images, c.crop_padding, c.flip and not c.image_size))
 
     @functools.cached_property
     def stored(self) -> dict[str, jax.Array]:
@@ -48,15 +49,17 @@ class Setting:
         return dispatch.store(self.mesh, self.dataset.train)
 
     def batches(self, batch_size: int, seed: int) -> Callable:
-        c, images = self.config, self.dataset.train.images
-        pipeline = data.Pipeline(self.dataset.train, batch_size, seed, jax.process_index(), jax.process_count())
-        if dispatch.on_device(c.data.on_device, images):
+        c, train = self.config, self.dataset.train
+        pipeline = data.batches(train, batch_size, seed, jax.process_index(), jax.process_count())
+        if dispatch.on_device(c.data.on_device, train):
             return dispatch.Resident(self.mesh, pipeline, self.stored, dispatch.most(c.steps_per_dispatch, True))
+        if not wants_labels(c):
+            return lambda step: sharding.put_batch(self.mesh, pipeline(step))
         labels = jax.device_put(self.dataset.train.labels, sharding.replicated(self.mesh))
         return lambda step: sharding.put_batch(self.mesh, pipeline(step)) | {"dataset_label": labels}
 
     def cadence(self, total: int, batch_size: int) -> loop.Cadence:
-        c, known = self.config, {"batch_size": batch_size, "images": len(self.dataset.train.labels), "total": total}
+        c, known = self.config, {"batch_size": batch_size, "images": len(self.dataset.train), "total": total}
         every = (stages.steps(c[key].every, f"{key}.every", **known) for key in ("log", "evaluation", "checkpoint"))
         return loop.Cadence(*every, c.log.tensorboard)
 
@@ -64,7 +67,7 @@ class Setting:
         c = self.config[who]
         warmup = stages.steps(
             c.schedule.warmup, f"{who}.schedule.warmup", batch_size=c.batch_size, zero=True,
-            images=len(self.dataset.train.labels), total=spans[-1][1],
+            images=len(self.dataset.train), total=spans[-1][1],
         )  # fmt: skip
         shape = {key: c.schedule[key] for key in ("peak", "floor", "milestones", "factor")}
         form = form or c.schedule.form
@@ -120,8 +123,8 @@ def data_facts(dataset: data.Dataset, mean: Sequence[float], std: Sequence[float
     """What of the data everything after training needs to know; what summary.json and data.json of a workdir hold."""
     return {
         "name": dataset.name,
-        "train_images": len(dataset.train.labels),
-        "test_images": len(dataset.test.labels),
+        "train_images": len(dataset.train),
+        "test_images": len(dataset.test),
         "num_classes": dataset.num_classes,
         "image_shape": list(dataset.image_shape),
         "mean": list(mean),
@@ -173,6 +176,14 @@ def plan(config: ConfigDict, facts: dict, arm: str) -> list[stages.Stage]:
     return stages.plan(arm, widths, stage_lengths(config, facts), config.teacher.widths)
 
 
+def wants_labels(config: ConfigDict) -> bool:
+    """Whether batches carry the labels of the whole training split: of data in RAM always, of a stream, which would have to
+    read all of it, only where the distiller asks."""
+    c = config.student.distiller
+    options = {k: v for k, v in c.items() if k != "name"}
+    return not config.data.image_size or getattr(distillers.create(c.name, **options), "dataset_labels", False)
+
+
 def fit_distiller(
     config: ConfigDict, facts: dict, net: slimmable.Slimmable, student: nn.Module, widths: Iterable[float]
 ) -> distillers.Distillation:
@@ -183,8 +194,9 @@ def fit_distiller(
         "image": jax.ShapeDtypeStruct((c.batch_size, *shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((c.batch_size,), jnp.int32),
         "index": jax.ShapeDtypeStruct((c.batch_size,), jnp.int32),
-        "dataset_label": jax.ShapeDtypeStruct((facts["train_images"],), jnp.int32),
     }
+    if wants_labels(config):
+        batch["dataset_label"] = jax.ShapeDtypeStruct((facts["train_images"],), jnp.int32)
 
     def outputs(model: nn.Module) -> models.Outputs:
         variables = models.abstract(model, shape)
@@ -218,6 +230,11 @@ def _ordered(teacher: ConfigDict, net: slimmable.Slimmable, whole: dict, shape: 
     return ordering.order(compute.plain(net.members[1.0]), whole, shape, net.likes[net.widths[-1]], teacher.order)
 
 
+def streaming(config: ConfigDict) -> data.Streaming | None:
+    keys = [field.name for field in dataclasses.fields(data.Streaming)]
+    return data.Streaming(**{key: config.data[key] for key in keys}) if config.data.image_size else None
+
+
 def prepare(config: ConfigDict) -> Setting:
     """Read the data and check that everything fits, by shapes alone. Raises UserError; writes nothing."""
     c, mesh = config, sharding.make_mesh(config.mesh.model)
@@ -225,8 +242,9 @@ def prepare(config: ConfigDict) -> Setting:
     sharding.check_batch(mesh, c.student.batch_size, "student.batch_size")
     if c.teacher.calibration.images:
         sharding.check_batch(mesh, c.teacher.calibration.batch_size, "teacher.calibration.batch_size")
-    dataset = data.load(c.data.name, c.data.data_dir, c.data.train_split, c.data.test_split, c.data.num_classes)
-    dispatch.most(c.steps_per_dispatch, dispatch.on_device(c.data.on_device, dataset.train.images))
+    d = c.data
+    dataset = data.load(d.name, d.data_dir, d.train_split, d.test_split, d.num_classes, streaming(c))
+    dispatch.most(c.steps_per_dispatch, dispatch.on_device(d.on_device, dataset.train))
     shape = dataset.image_shape
     mean, std = (c.data.mean, c.data.std) if c.data.mean else data.channel_statistics(dataset.train.images)
     if len(mean) != shape[-1]:

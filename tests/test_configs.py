@@ -151,7 +151,7 @@ def test_every_pair_takes_a_step_of_distillation(pair, monkeypatch):
     distillation = made.distillation("slimmable", [width])
     step = student.make_step(
         made.student, net.members, plan[0].widths, distillation, plan, tx, made.schedule("student", *made.spans(plan)),
-        made.preprocess,
+        made.preprocess, images=8,
     )  # fmt: skip
     teacher = jax.jit(lambda key: net.extract(*net.init(key, (32, 32, 3)), width))(jax.random.key(1))
     state = jax.jit(lambda: student.init(made.student, (32, 32, 3), distillation, tx, 0))()

@@ -231,7 +231,8 @@ def test_eight_devices_equal_one(tmp_path):
 
 
 def test_what_lies_on_the_devices_and_how_many_steps_a_dispatch_has(monkeypatch):
-    small, large = np.zeros((2, 4, 4, 1), np.uint8), np.broadcast_to(np.uint8(0), (1 << 15, 182, 182, 3))
+    sizes = np.zeros((2, 4, 4, 1), np.uint8), np.broadcast_to(np.uint8(0), (1 << 15, 182, 182, 3))
+    small, large = (data.Split(images, np.zeros(len(images), np.int32)) for images in sizes)
     assert [dispatch.on_device(c, small) for c in ("auto", "always", "never")] == [True, True, False]
     assert [dispatch.on_device(c, large) for c in ("auto", "always", "never")] == [False, True, False]
     assert [dispatch.most(n, True) for n in (0, 1, 9)] == [1, 1, 9] and dispatch.most(0, False) == 1  # tests run on CPU

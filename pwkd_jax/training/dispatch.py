@@ -27,9 +27,11 @@ LIMIT = 1 << 30
 MOST = 100
 
 
-def on_device(choice: str, images: np.ndarray) -> bool:
-    """Whether data.on_device = `choice` (auto, always or never) puts images [N, H, W, C] on the devices."""
-    return choice == "always" or (choice == "auto" and images.nbytes <= LIMIT)
+def on_device(choice: str, split: data.Split | data.Stream) -> bool:
+    """Whether data.on_device = `choice` (auto, always or never) puts the images of `split` on the devices."""
+    if isinstance(split, data.Stream):
+        return False
+    return choice == "always" or (choice == "auto" and split.images.nbytes <= LIMIT)
 
 
 def most(choice: int, resident: bool) -> int:
