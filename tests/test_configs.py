@@ -10,7 +10,7 @@ import pytest
 
 from pwkd_jax import config, data, models, setting, train
 from pwkd_jax.errors import UserError
-from pwkd_jax.training import sharding, student
+from pwkd_jax.training import dispatch, sharding, student
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Dark Knowledge's thirteen pairs of the CRD benchmark: (DKD's beta, ReviewKD's weight or None where none is published).
@@ -156,7 +156,7 @@ def test_every_pair_takes_a_step_of_distillation(pair, monkeypatch):
     teacher = jax.jit(lambda key: net.extract(*net.init(key, (32, 32, 3)), width))(jax.random.key(1))
     state = jax.jit(lambda: student.init(made.student, (32, 32, 3), distillation, tx, 0))()
     before = jax.device_get(state.params["student"])
-    state, metrics = sharding.jit_step(made.mesh, step)(state, made.batches(4, 0)(0), teacher={width: teacher})
+    state, metrics = sharding.jit_step(made.mesh, dispatch.many(step))(state, made.batches(4, 0)(0), teacher={width: teacher})
     assert np.isfinite(float(metrics.train_loss.total)) and int(state.step) == 1
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(state.params["student"]))
     assert all(jax.tree.leaves(changed)), changed
