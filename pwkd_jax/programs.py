@@ -112,7 +112,8 @@ def _student(setting: Setting, plan: Sequence[stages.Stage], distillation) -> It
     for widths, step in steps.items():
         args, frozen = (create.like, _batch(setting, c.batch_size)), {w: _frozen(setting, name, w) for w in widths}
         runs = setting.config.seeds * sum(s.end - s.start for s in plan if s.widths == widths)
-        title = "student step, " + (f"teacher {'|'.join(f'{w:g}' for w in widths)}" if widths else "no teacher")
+        drawn = "drawn" if len(widths) > 1 else "".join(f"{w:g}" for w in widths)
+        title = f"student step, teacher {drawn}" if widths else "student step, no teacher"
         program = Program(title, step, args, {"teacher": frozen}, c.batch_size, "student.batch_size", runs)
         yield ("step", widths, widest), program
     if distillation is not None and distillation.predicts:  # the distiller has the last word on the logits, by width
@@ -121,7 +122,7 @@ def _student(setting: Setting, plan: Sequence[stages.Stage], distillation) -> It
             model = student.Assisted(setting.student, setting.teachers[name].members[width], distillation, width)
             variables = model.variables(create.like, _frozen(setting, name, width))
             runs = setting.config.seeds * _evaluations(setting, [stage.end], c.batch_size, stage.start)
-            title = f"student evaluation, teacher {width:g}"
+            title = f"student eval., teacher {width:g}"
             yield ("evaluation", (width,), widest), _evaluation(setting, title, model, variables, runs)
     else:
         runs = setting.config.seeds * _evaluations(setting, [s.end for s in plan], c.batch_size)
