@@ -140,41 +140,41 @@ def exhausted(message: str) -> tuple[int, int] | None:
     return None
 
 
-def largest(memory: Callable[[int], int], limit: int, unit: int, start: int, compiles: int = 6) -> tuple[int, dict[int, int]]:
-    """(the largest batch found to need at most `limit` bytes, {batch: bytes} of every one tried), a multiple of `unit`.
+def largest(
+    need: Callable[[int], tuple[int, bool]], limit: int, unit: int, start: int, compiles: int = 6
+) -> tuple[int, dict[int, int]]:
+    """(the largest batch found to fit, {batch: bytes} of every one tried), multiples of `unit`; 0 where not even `unit` fits.
 
-    memory(batch): bytes, also of a batch that does not fit; compiles. Memory is near affine in the batch: two points give a
-    line, the line a guess, and only a batch that was compiled is returned; 0 where not even `unit` fits. At most `compiles`.
+    need(batch): (bytes, whether it fits); compiles. limit: bytes there are, about. Memory is near affine in the batch: two
+    points give a line and the line a guess, until one within 5 % of the limit fits. Only what was compiled is returned; at
+    most `compiles` are.
     """
-    tried: dict[int, int] = {}
+    tried: dict[int, tuple[int, bool]] = {}
 
-    def need(batch: int) -> int:
+    def fits(batch: int) -> bool:
         if batch not in tried:
-            tried[batch] = memory(batch)
-        return tried[batch]
-
-    def best() -> int:
-        return max((b for b, m in tried.items() if m <= limit), default=0)
+            tried[batch] = need(batch)
+        return tried[batch][1]
 
     first = max(1, start // unit) * unit
-    need(first)
-    need(2 * first if tried[first] <= limit / 2 else max(unit, first // 2 // unit * unit))
+    # The second point on the other side of the limit if it can be, and never where the first says that it is far beyond.
+    fits(2 * first if fits(first) else max(unit, first // 2 // unit * unit))
     while len(tried) < compiles:
-        if len(tried) == 1:  # one unit was tried and is too much, or all that there is to try
+        low = max((b for b, (_, ok) in tried.items() if ok), default=0)
+        high = min((b for b, (_, ok) in tried.items() if not ok), default=0)
+        if (low and tried[low][0] >= 0.95 * limit) or (high and high - low <= unit):
             break
-        # The two points nearest the limit, for the line bends where the compiler changes its mind.
-        (a, ma), (b, mb) = sorted(sorted(tried.items(), key=lambda p: abs(p[1] - limit))[:2])
-        slope = (mb - ma) / (b - a)
-        if slope <= 0:
-            break
-        low, high = best(), min((x for x, m in tried.items() if m > limit), default=0)
-        guess = int((a + (limit - ma) / slope) // unit) * unit
+        guess = _cross(tried, limit) // unit * unit
         if high:
             guess = min(guess, high - unit)
-        guess = max(guess, low + unit if not high or low + unit < high else low, unit)
+        guess = max(guess, low + unit)
         if guess in tried:
             break
-        need(guess)
-    if not best() and unit not in tried:
-        need(unit)
-    return best(), tried
+        fits(guess)
+    return max((b for b, (_, ok) in tried.items() if ok), default=0), {b: m for b, (m, _) in sorted(tried.items())}
+
+
+def _cross(tried: dict[int, tuple[int, bool]], limit: int) -> int:
+    """Where the line through the two points nearest the limit meets it."""
+    (a, ma), (b, mb) = sorted(((b, m) for b, (m, _) in tried.items()), key=lambda p: abs(p[1] - limit))[:2]
+    return int(a + (limit - ma) * (b - a) / (mb - ma)) if ma != mb else max(a, b)

@@ -194,15 +194,15 @@ def _suggest(settings, built, where, devices, dataset, wanted, rows, cost, tell)
         # What the compiler leaves to programs, where it said so of one that it refused; else the whole chip's.
         limit = max((r["limit"] for r in rows), default=0) or where.chip.memory * where.chips // len(devices)
 
-        def memory(batch: int, key=key, hungriest=hungriest, limit=limit) -> int:
+        def need(batch: int, key=key, hungriest=hungriest) -> tuple[int, bool]:
             tell(f"{key}={batch}: {hungriest.name} ...")
             other = ConfigDict(settings).unlock()
             other.update_from_flattened_dict({key: batch})
             same = next(p for p in programs.programs(_build(other, devices, dataset)) if p.name == hungriest.name)
             result = cost(same)
-            return result.total if result.fits else max(result.total, limit + 1)
+            return result.total, result.fits
 
-        largest, tried = costing.largest(memory, limit, unit, hungriest.batch)
+        largest, tried = costing.largest(need, limit, unit, hungriest.batch)
         found.append({"key": key, "program": hungriest.name, "largest": largest, "unit": unit, "limit": limit,
                       "tried": {str(b): m for b, m in sorted(tried.items())}})  # fmt: skip
     return found

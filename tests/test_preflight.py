@@ -106,23 +106,31 @@ def test_a_gpu_multiplies_float32_at_half_its_rate():
 
 @pytest.mark.parametrize("start", [8, 64, 512, 4096])
 @pytest.mark.parametrize("unit", [1, 8, 24])
-def test_an_affine_memory_gives_the_very_largest_batch(start, unit):
-    largest, tried = costing.largest(lambda b: 1000 + 7 * b, 15_750, unit, start)
-    assert largest == 14_750 // 7 // unit * unit
+def test_an_affine_memory_gives_the_largest_batch_within_five_percent(start, unit):
+    largest, tried = costing.largest(lambda b: (1000 + 7 * b, 1000 + 7 * b <= 15_750), 15_750, unit, start)
+    exact = 14_750 // 7 // unit * unit
+    assert largest == exact or (exact > largest and 1000 + 7 * largest >= 0.95 * 15_750)
     assert len(tried) <= 4 and largest in tried and all(b % unit == 0 for b in tried)
 
 
 def test_what_bends_is_never_promised_untried():
-    def memory(batch):  # as a compiler that pads to powers of two does
-        return 100 * 2 ** math.ceil(math.log2(batch))
+    def need(batch):  # as a compiler that pads to powers of two does
+        size = 100 * 2 ** math.ceil(math.log2(batch))
+        return size, size <= 60_000
 
-    largest, tried = costing.largest(memory, 60_000, 8, 32)
-    assert largest in tried and memory(largest) <= 60_000 and len(tried) <= 6
+    largest, tried = costing.largest(need, 60_000, 8, 32)
+    assert largest in tried and need(largest)[1] and len(tried) <= 6
     assert largest >= 256  # at least half the true 512
 
 
+def test_the_compilers_word_counts_more_than_the_limit():
+    """It keeps some of a chip's memory for itself: what the line promises may be refused."""
+    largest, tried = costing.largest(lambda b: (100 * b, 100 * b <= 9_700), 10_000, 1, 10)
+    assert 95 <= largest <= 97 and 100 in tried
+
+
 def test_a_batch_that_never_fits_gives_zero():
-    largest, tried = costing.largest(lambda b: 10**6 + b, 1000, 16, 64)
+    largest, tried = costing.largest(lambda b: (10**6 + b, False), 1000, 16, 64)
     assert largest == 0 and 16 in tried
 
 
@@ -350,9 +358,10 @@ def test_a_tiny_config_compiles_for_a_pod_and_a_batch_too_large_is_found_out(tmp
 @pytest.mark.slow
 def test_suggest_finds_a_batch_that_fits_where_the_one_asked_for_does_not(tmp_path):
     arguments = (*SMALL, "--topology=v5e:2x2", "--only=student step, teacher 1", "--suggest", "--json")
-    done = run(*arguments, "--config.student.batch_size=4194304", XDG_CACHE_HOME=str(tmp_path))
+    arguments = (*arguments, "--config.student.batch_size=8388608", "--config.student.duration=9 steps")
+    done = run(*arguments, XDG_CACHE_HOME=str(tmp_path))
     result = json.loads(done.stdout)
     (found,) = result["suggestions"]
     assert done.returncode == 1 and result["fits"] is False
-    assert found["tried"][str(found["largest"])] <= found["limit"] and 4096 < found["largest"] < 4194304
+    assert 4096 < found["largest"] < 8388608 and str(found["largest"]) in found["tried"]
     assert found["largest"] % 4 == 0

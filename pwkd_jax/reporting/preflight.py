@@ -79,10 +79,10 @@ def _network(r: dict) -> str:
 def _suggestions(r: dict) -> str:
     lines = ["Largest batches that fit"]
     for s in r["suggestions"]:
-        tried = ", ".join(f"{int(b):,}: {m / GIB:.2f}" for b, m in s["tried"].items())
         what = f"{s['largest']:,}" if s["largest"] else f"none, not even {s['unit']:,}"
-        lines.append(f"  {s['key']:<24}{what:>8}   by the {s['program']}")
-        lines.append(f"  {'':<24}{'':>8}   GiB of {s['limit'] / GIB:.2f} at {tried}")
+        lines.append(f"  {s['key']:<19}{what:>13}   by the {s['program']}")
+        for batch, needed in s["tried"].items():
+            lines.append(f"  {'':<19}{int(batch):>13,}   {needed / GIB:.2f} of {s['limit'] / GIB:.2f} GiB")
     return "\n".join(lines)
 
 

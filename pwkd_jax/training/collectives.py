@@ -24,7 +24,7 @@ _DTYPES = {"pred": 1} | {
 
 
 def collectives(compiled) -> dict[str, tuple[int, int]]:
-    """{kind: (how many, bytes of their results on one device)} of a program (`jit(f).lower(...).compile()`) or its text.
+    """{kind: (how many, bytes of their results on one device)} of a compiled program, or of its text.
 
     One that carries a tuple of arrays counts once, with the bytes of all; one in a loop's body counts once, not once a turn.
     """
