@@ -63,6 +63,8 @@ def topology(name: str) -> Topology:
             example = f"{chip}:{'x'.join('4' * axes)}"
             raise UserError(f"--topology: '{name}' should give the chips along {axes} axes, as in {example}")
         shape = tuple(map(int, rest.split("x")))
+        if chip in ("v5e", "v6e") and max(shape) > 16:
+            raise UserError(f"--topology: '{name}' is more than a whole pod, which is {chip}:16x16")
         return Topology(name.strip().lower(), TPUS[chip], math.prod(shape), shape)
     if (chip in GPUS or chip == "cuda") and re.fullmatch(r"|[1-9]\d*", rest) and not name.endswith(":"):
         return Topology(name.strip().lower(), GPUS.get(chip), int(rest or 1), ())

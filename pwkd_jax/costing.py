@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 
+from pwkd_jax.errors import UserError
 from pwkd_jax.files import replace
 from pwkd_jax.programs import Program
 from pwkd_jax.training.collectives import collectives
@@ -56,7 +57,7 @@ def cost(program: Program, target: str, options: dict, directory: Path | None) -
     directory: where results are kept; None keeps nothing.
     """
     return _kept(program, f"{target} {json.dumps(options, sort_keys=True)}", directory,
-                 lambda lowered: _compile(lowered, options, program.argument_bytes))  # fmt: skip
+                 lambda lowered: _compile(program.name, lowered, options, program.argument_bytes))  # fmt: skip
 
 
 def outline(program: Program, devices: int, directory: Path | None) -> Cost:
@@ -109,13 +110,14 @@ def _read(path: Path) -> Cost | None:
     return found._replace(kept=True, communication={k: tuple(v) for k, v in found.communication.items()})
 
 
-def _compile(lowered: jax.stages.Lowered, options: dict, arguments: int) -> Cost:
+def _compile(name: str, lowered: jax.stages.Lowered, options: dict, arguments: int) -> Cost:
     begun = time.monotonic()
     try:
         compiled = lowered.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as e:
         if (found := exhausted(str(e))) is None:
-            raise
+            reason = str(e).strip().partition("\n")[0]
+            raise UserError(f"--topology: this compiler, libtpu {_version('libtpu')}, fails on the {name} ({reason})") from e
         needed, limit = found
         # The compiler that gives up names the temporaries alone; the arguments are known from their shapes.
         memory = dict.fromkeys(KINDS, 0) | {"arguments": arguments, "temporaries": needed}

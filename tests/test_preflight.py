@@ -53,9 +53,9 @@ def test_topologies_are_read(name, count, shape):
     assert (found.chips, found.shape) == (count, shape)
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4", "v5e:2x2x2", "v5p:4x4", "v5e:0x4", "h100:0", "h100:", "", "v5e:a"])
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4", "v5e:2x2x2", "v5p:4x4", "v5e:0x4", "h100:0", "h100:", "", "v5e:a", "v6e:32x8"])
 def test_other_topologies_are_refused_by_name(name):
-    with pytest.raises(UserError, match=r"--topology: .*(v5e|v5p).*4x4|--topology: .*known are"):
+    with pytest.raises(UserError, match=r"--topology: .*(v5e|v5p).*4x4|--topology: .*known are|whole pod"):
         chips.topology(name)
 
 
@@ -146,6 +146,24 @@ def test_a_batch_that_never_fits_gives_zero():
 )  # fmt: skip
 def test_the_compilers_refusal_is_read(message, found):
     assert costing.exhausted(message) == found
+
+
+class Refused:
+    """A lowered program that the compiler refuses with `message`."""
+
+    def __init__(self, message: str):
+        self.message = message
+
+    def compile(self, compiler_options=None):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_a_refused_program_is_known_by_its_arguments_and_temporaries():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, ... HLO temporaries (20.00G) exceeds available HBM (15.75G)."
+    found = costing._compile("teacher step", Refused(message), {}, 2**30)
+    assert found.fits is False and found.total == 21 * 2**30 and found.limit == int(15.75 * 2**30)
+    with pytest.raises(UserError, match=r"libtpu .* teacher step \(INTERNAL: arity\)"):
+        costing._compile("teacher step", Refused("INTERNAL: arity\nat somewhere"), {}, 2**30)
 
 
 # The data set's outline.
