@@ -53,7 +53,9 @@ def test_topologies_are_read(name, count, shape):
     assert (found.chips, found.shape) == (count, shape)
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4", "v5e:2x2x2", "v5p:4x4", "v5e:0x4", "h100:0", "h100:", "", "v5e:a", "v6e:32x8"])
+@pytest.mark.parametrize(
+    "name", ["v9:2x2", "v5e", "v5e:4", "v5e:2x2x2", "v5p:4x4", "v5e:0x4", "h100:0", "h100:", "", "v5e:a", "v6e:32x8"]
+)
 def test_other_topologies_are_refused_by_name(name):
     with pytest.raises(UserError, match=r"--topology: .*(v5e|v5p).*4x4|--topology: .*known are|whole pod"):
         chips.topology(name)
