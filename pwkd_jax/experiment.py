@@ -10,7 +10,6 @@
 import functools
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import flax.linen as nn
@@ -19,7 +18,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from pwkd_jax import lending, slimmable, stages, weights
+from pwkd_jax import lending, programs, slimmable, stages, weights
 from pwkd_jax.config import leaves
 from pwkd_jax.errors import UserError
 from pwkd_jax.files import replace
@@ -27,7 +26,7 @@ from pwkd_jax.models import costs
 from pwkd_jax.reporting import summary as reporting
 from pwkd_jax.reporting.environment import environment
 from pwkd_jax.setting import Setting, prepare
-from pwkd_jax.training import dispatch, distributed, loop, preemption, sharding, student, teacher
+from pwkd_jax.training import distributed, loop, preemption, student, teacher
 from pwkd_jax.training import state as states
 
 # Keys that may change between two commands in one workdir: they add runs to it, or change nothing of a finished one.
@@ -54,7 +53,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     runs = []
     for arm, plan in plans.items():
         source = plan[0].teacher
-        steps = functools.cache(functools.partial(_student_steps, setting, plan, distillations.get(source)))
+        steps = functools.cache(functools.partial(programs.student_steps, setting, plan, distillations.get(source)))
         for seed in range(config.seed, config.seed + config.seeds):
             directory = workdir / "students" / arm / f"seed{seed}"
             result = _result(directory)
@@ -98,14 +97,7 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
         return _given(setting, directory)
     images = len(setting.dataset.train)
     total = stages.steps(c.duration, "teacher.duration", batch_size=c.batch_size, images=images)
-    tx, schedule = setting.optimizer("teacher"), setting.schedule("teacher", [(0, total)])
-    # A standard teacher is the same network with one width; then there is nothing to sample or to distil in place.
-    sandwich = {"loss": c.loss, "sampling": c.sampling} if name == "slimmable" else {}
-    step = teacher.make_step(
-        net, tx, schedule, setting.preprocess, reduction=c.reduction, subnetworks=c.subnetworks, **sandwich
-    )
-    create = setting.teacher_state(name)
-    step = sharding.jit_step(setting.mesh, dispatch.many(step), create.layout)
+    create, step = programs.teacher_step(setting, name)
     calibrate = teacher.make_calibration(net, setting.dataset.train, setting.preprocess, setting.mesh, **c.calibration)
 
     def freeze(state: states.State) -> dict[float, dict]:
@@ -174,20 +166,6 @@ def _keep(setting: Setting, directory: Path, name: str, frozen: dict[float, dict
 
 
 # The student.
-
-
-def _student_steps(setting: Setting, plan, distillation) -> tuple[Callable, dict[tuple[float, ...], Callable]]:
-    """(creator of the first state, {widths: compiled step}) of an arm, made once for all its seeds and stages."""
-    c, net = setting.config.student, setting.teachers.get(plan[0].teacher)
-    schedule = setting.schedule("student", *setting.spans(plan))
-    create, steps = setting.student_state(distillation), {}
-    for widths in dict.fromkeys(stage.widths for stage in plan):
-        step = student.make_step(
-            setting.student, net.members if net else {}, widths, distillation, plan, setting.optimizer("student"),
-            schedule, setting.preprocess, images=len(setting.dataset.train), same_crop=c.same_crop,
-        )  # fmt: skip
-        steps[widths] = sharding.jit_step(setting.mesh, dispatch.many(step), create.layout)
-    return create, steps
 
 
 def _study(setting: Setting, directory: Path, arm: str, plan, seed: int, steps, frozen, distillation) -> dict:

@@ -237,14 +237,25 @@ def streaming(config: ConfigDict) -> data.Streaming | None:
 
 def prepare(config: ConfigDict) -> Setting:
     """Read the data and check that everything fits, by shapes alone. Raises UserError; writes nothing."""
-    c, mesh = config, sharding.make_mesh(config.mesh.model)
+    mesh, d = sharding.make_mesh(config.mesh.model), config.data
+    check_batches(config, mesh)
+    dataset = data.load(d.name, d.data_dir, d.train_split, d.test_split, d.num_classes, streaming(config))
+    dispatch.most(config.steps_per_dispatch, dispatch.on_device(d.on_device, dataset.train))
+    return build(config, mesh, dataset)
+
+
+def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """UserError for a batch that does not divide over the mesh."""
+    c = config
     sharding.check_batch(mesh, c.teacher.batch_size, "teacher.batch_size")
     sharding.check_batch(mesh, c.student.batch_size, "student.batch_size")
     if c.teacher.calibration.images:
         sharding.check_batch(mesh, c.teacher.calibration.batch_size, "teacher.calibration.batch_size")
-    d = c.data
-    dataset = data.load(d.name, d.data_dir, d.train_split, d.test_split, d.num_classes, streaming(c))
-    dispatch.most(c.steps_per_dispatch, dispatch.on_device(d.on_device, dataset.train))
+
+
+def build(config: ConfigDict, mesh: jax.sharding.Mesh, dataset: data.Dataset) -> Setting:
+    """The setting of a config over `dataset`. Raises UserError where something does not fit."""
+    c = config
     shape = dataset.image_shape
     mean, std = (c.data.mean, c.data.std) if c.data.mean else data.channel_statistics(dataset.train.images)
     if len(mean) != shape[-1]:

@@ -5,7 +5,7 @@ the mesh; where arrays lie decides memory and speed alone. Mesh axes are Auto: X
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,15 +21,19 @@ HOW = ("replicated", "fsdp")
 SMALL = 2**14
 
 
-def make_mesh(model: int = 1) -> Mesh:
-    """All devices as data x model, `model` neighbours sharing one copy of a network. Raises UserError."""
-    count, own = jax.device_count(), jax.local_device_count()
+def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices as data x model, `model` neighbours sharing one copy of a network. Raises UserError.
+
+    devices: others than those here, such as a described pod's, to compile for.
+    """
+    count = len(devices) if devices else jax.device_count()
+    own = sum(d.process_index == devices[0].process_index for d in devices) if devices else jax.local_device_count()
     if own % model:
         # A model spread over processes would have them read the same rows, but each reads its own.
         of = f"the {own} devices" if count == own else f"the {own} devices of each process"
         raise UserError(f"mesh.model: {model} does not divide {of}; 1 is pure data parallelism")
     # Said out loud: without axis_types, make_mesh would give Explicit axes.
-    return jax.make_mesh((count // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh((count // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def check_batch(mesh: Mesh, batch_size: int, key: str) -> None:
@@ -72,16 +76,23 @@ def shardings(mesh: Mesh, tree: Any, how: str = "replicated") -> Any:
 def creator(mesh: Mesh, make: Callable, how: str, *like) -> Callable:
     """make(*args) -> tree, computed where its arrays will live: with fsdp no device ever holds all of it.
 
-    like: arguments of the same shapes, not kept. `.layout` of the result is the shardings of what it makes.
+    like: arguments of the same shapes, not kept. `.layout` of the result is the shardings of what it makes, `.like` its
+    ShapeDtypeStructs.
     """
-    layout = shardings(mesh, jax.eval_shape(make, *like), how)
+    made = jax.eval_shape(make, *like)
+    layout = shardings(mesh, made, how)
     compiled = jax.jit(make, out_shardings=layout)
 
     def create(*args):
         return compiled(*place(mesh, args, how))
 
-    create.layout = layout
+    create.layout, create.like = layout, abstract(made, layout)
     return create
+
+
+def abstract(tree: Any, layout: Any) -> Any:
+    """ShapeDtypeStructs of `tree`, arrays or abstract, that lie as `layout` (a tree of shardings) has it."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
 
 
 def place(mesh: Mesh, tree: Any, how: str = "replicated") -> Any:
