@@ -6,10 +6,11 @@
 The argument is `resnet34-resnet18`, `resnet50-mobilenetv1` or `vit_base-vit_tiny`, then a method or a sum of them (`kd` where
 none is given). We have run nothing at this scale: no accuracy or time is claimed, and what follows is a recipe.
 
-Images are taken at their stored size, which must be one for all (224x224), and lie in memory: 193 GB for the 1.28 million
-of them. So the set is one that you prepare under the name imagenet2012 in array_record, with the splits `train` and
-`validation`; TFDS's own has images of many sizes. The only augmentation is the flip, where the literature crops at random
-sizes (RandomResizedCrop), so its published numbers cannot be expected of this file.
+The images are TFDS's imagenet2012 in array_record, with the splits `train` and `validation`, as `python -m pwkd_jax.prepare`
+makes it from the tars of image-net.org; a folder train/CLASS/*.JPEG, validation/CLASS/*.JPEG is as good (data.name=folder).
+They stay encoded on disk, about 150 GB, and are decoded as they are needed, by one process a core (data.workers). Training
+sees random crops of 8 to 100 % of the area and ratio 3/4 to 4/3 at 224 pixels, mirrored half the time, evaluation the central
+224 pixels after the shorter side became 256: torchvision's and the literature's, but for the resampling (see data/images.py).
 
 Residual networks: mdistiller's SGD, 0.1 at batch 256 (the linear rule makes that 0.2 at 512), weight decay 1e-4, 100 epochs,
 times 0.1 at 30, 60 and 90. The transformers: DeiT's AdamW, 1e-3 at batch 1024, weight decay 0.05 on kernels, 300 epochs of
@@ -41,6 +42,7 @@ def get_config(arg: str = ""):
     config.data.name = "imagenet2012"
     config.data.test_split = "validation"
     config.data.num_classes = 1000
+    config.data.image_size = 224
     config.data.flip = True
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # test_pythons.sh: run launch/test.sh with every supported Python that is found besides the default one.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 . launch/venv.sh
 default=$(find_python) || exit 2
 seen=$("$default" -c 'import sys; print("%d.%d" % sys.version_info[:2])')

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: makes or reuses $venv with $python and installs requirements.txt and "$@" into it.
 # A second time it is instant: what was installed is remembered by the text of the requirements.
 make_venv() {

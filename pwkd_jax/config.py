@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from pwkd_jax import distillers, models, slimmable, stages
 from pwkd_jax.errors import UserError
+from pwkd_jax.models import compute
 
 
 def _optimizer() -> ConfigDict:
@@ -46,12 +47,16 @@ def default() -> ConfigDict:
     config = ConfigDict()
     config.name = "experiment"  # shown in the report
     config.seed = 0  # the teacher's; students use seed, seed + 1, ...
-    config.seeds = 3  # students per arm
+    config.seeds = 3  # students per arm; 0 trains the arms' teachers alone
     config.arms = ("alone", "kd_whole", "kd_whole_cyclic", "pwkd")  # see stages.ARMS
+    config.dtype = "float32"  # of convolutions and products; bfloat16 leaves parameters, statistics and losses float32
+    config.batch_norm_group = 0  # batch norm over groups of so many images; 0: over the global batch
+    config.mesh = ConfigDict({"model": 1})  # so many devices share one copy of a network; 1: pure data parallelism
+    config.steps_per_dispatch = 0  # of one compiled loop, at most, over images on the devices; 0: 1 on CPU, otherwise 100
 
     config.data = ConfigDict({
-        "name": "digits",  # scikit-learn's digits, or any TFDS image classification set
-        "data_dir": "",  # where TFDS sets lie; '' is TFDS's own default, ~/tensorflow_datasets
+        "name": "digits",  # scikit-learn's digits, any TFDS image classification set, or folder: SPLIT/CLASS/IMAGE
+        "data_dir": "",  # where TFDS sets lie, or the folder; '' is TFDS's own default, ~/tensorflow_datasets
         "train_split": "train",  # TFDS slicing: train[:5000]
         "test_split": "test",
         "num_classes": 0,  # 0: as the data set says; otherwise it must agree
@@ -59,12 +64,19 @@ def default() -> ConfigDict:
         "flip": False,  # random horizontal flip
         "mean": (),  # per channel, of pixels in [0, 1]; (): measured
         "std": (),
+        "on_device": "auto",  # the training images, whole on every device: auto (up to 1 GiB), always or never
+        "image_size": 0,  # 0: images of one size, decoded once into RAM; above: streamed, cropped to so many pixels
+        "scale": (0.08, 1.0),  # streamed: area of the random crops of training, as parts of the image's
+        "resize": 256,  # streamed: shorter side of test images before their central crop
+        "workers": -1,  # streamed: processes that decode; -1: one a core, 0: none but this
+        "unreadable": 0.0,  # streamed: share of the training images that may be skipped
     })  # fmt: skip
 
     # Table A of the algorithm: the decomposable teacher.
     config.teacher = ConfigDict({
         "model": "resnet20",  # see models.create; or module:Name
         "weights": "",  # a .safetensors of convert or export: where training starts; kd_standard's teacher as it is
+        "run": "",  # the workdir of another experiment whose finished teachers teach here too, instead of ones trained anew
         "order": "bn_scale",  # of its channels, the most important first, by bn_scale or l1; or none
         "widths": (0.25, 0.5, 0.75, 1.0),  # the sub-networks
         "divisor": 0,  # channels: 0 exact, otherwise rounded to multiples
@@ -78,6 +90,7 @@ def default() -> ConfigDict:
         "batch_norm": "switchable",  # switchable, private_stats or shared
         "duration": "240 epochs",
         "batch_size": 64,
+        "sharding": "replicated",  # of parameters and optimiser state; fsdp: large arrays split over the devices
     })  # fmt: skip
     config.teacher.calibration = ConfigDict({
         "images": 0,  # measure batch-norm statistics anew on so many training images; 0: keep the running ones
@@ -102,6 +115,8 @@ def default() -> ConfigDict:
         "same_crop": True,  # the teacher sees the student's augmented images
         "ensemble": 2,  # stage-end snapshots in the extra row of the results
         "batch_size": 64,
+        "sharding": "replicated",  # as the teacher's
+        "teacher_sharding": "replicated",  # of the frozen sub-network that teaches
     })  # fmt: skip
     config.student.distiller = ConfigDict({"name": "kd", **distillers.fields("kd")})
     config.student.optimizer = _optimizer()
@@ -140,7 +155,7 @@ def load(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     rest = [a for a in argv if not a.startswith(("--config=", "--config.", "--noconfig."))]
     if len(paths) != 1 or not paths[0]:
         raise UserError("give one config file, as in --config=configs/digits.py")
-    config = _complete(_from_file(paths[0]), overrides, paths[0])
+    config = complete(_from_file(paths[0]), overrides, paths[0])
     known = dict(leaves(config))
     for override in overrides:
         if (key := _key(override)) not in known:
@@ -197,7 +212,7 @@ def _from_file(spec: str) -> ConfigDict:
     return config
 
 
-def _complete(given: ConfigDict, overrides: Sequence[str], source: str) -> ConfigDict:
+def complete(given: ConfigDict, overrides: Sequence[str], source: str) -> ConfigDict:
     """The defaults with `given` written over them, key by key; distiller keys are those of the distiller named."""
     name = given.get("student", {}).get("distiller", {}).get("name", "kd")
     chosen = [o.partition("=")[2] for o in overrides if o.startswith("--config.student.distiller.name=")]
@@ -271,11 +286,22 @@ def check(config: ConfigDict) -> None:
         values = dict(leaves(config))[key]
         need(key, all(type(v) in (int, float) for v in values), "a list of numbers, as in (0.5,1.0)")
 
-    need("seeds", c.seeds >= 1, "at least 1")
+    need("seeds", c.seeds >= 0, "0 (teachers alone) or more")
     need("seed", 0 <= c.seed < 2**31, "between 0 and 2^31 - 1")
     need("arms", bool(c.arms) and len(set(c.arms)) == len(c.arms), "a list of different arms")
     for arm in c.arms:
         need("arms", arm in stages.ARMS, "from " + ", ".join(stages.ARMS))
+    one_of("dtype", compute.DTYPES)
+    need("batch_norm_group", c.batch_norm_group >= 0, "0 (the global batch) or a number of images")
+    need("mesh.model", c.mesh.model >= 1, "1 (pure data parallelism) or the number of devices that share a network")
+    for key in ("teacher.sharding", "student.sharding", "student.teacher_sharding"):
+        one_of(key, ("replicated", "fsdp"))
+    need("steps_per_dispatch", c.steps_per_dispatch >= 0, "0 (chosen for you) or the most steps of one dispatch")
+    one_of("data.on_device", ("auto", "always", "never"))
+    need("data.on_device", c.data.on_device != "always" or not c.data.image_size,
+         "auto or never where images are streamed, which is where data.image_size is above 0")  # fmt: skip
+    need("steps_per_dispatch", c.steps_per_dispatch <= 1 or not (c.data.on_device == "never" or c.data.image_size),
+         "0 or 1 where images are streamed or data.on_device is 'never'")  # fmt: skip
     need("data.num_classes", c.data.num_classes >= 0, "0 (as the data set says) or its number of classes")
     need("data.crop_padding", c.data.crop_padding >= 0, "0 or more pixels")
     for key in ("data.mean", "data.std", "teacher.widths", "teacher.pool", "student.widths", "student.stage_shares",
@@ -283,6 +309,20 @@ def check(config: ConfigDict) -> None:
         numbers(key)
     need("data.std", all(v > 0 for v in c.data.std) and len(c.data.std) == len(c.data.mean),
          "one number above 0 for each channel, given together with data.mean")  # fmt: skip
+
+    d = c.data
+    numbers("data.scale")
+    need("data.image_size", d.image_size >= 0, "0 (of one size, in RAM) or the pixels each way of streamed images")
+    need("data.scale", len(d.scale) == 2 and 0 < d.scale[0] <= d.scale[1] <= 1,
+         "the smallest and the largest part of the area, as in (0.08,1.0)")  # fmt: skip
+    need("data.resize", d.resize >= d.image_size, f"at least data.image_size, which is {d.image_size}")
+    need("data.workers", d.workers >= -1, "-1 (one a core), 0 (none but this process) or a number of processes")
+    need("data.unreadable", 0 <= d.unreadable < 1, "in [0, 1)")
+    if d.image_size:
+        need("data.crop_padding", not d.crop_padding, "0 where data.image_size streams random crops of its own")
+        need("data.mean", bool(d.mean), "given, with data.std, where data.image_size streams images, which cannot be measured "
+             "first, as in (0.485,0.456,0.406)")  # fmt: skip
+        need("student.same_crop", s.same_crop, "true where data.image_size streams images, which come cropped to both")
 
     for key, widths in (("teacher.widths", t.widths), ("teacher.pool", t.pool)):
         need(key, all(0 < w <= 1 for w in widths) and len(set(widths)) == len(widths), "different widths in (0, 1]")
@@ -303,6 +343,9 @@ def check(config: ConfigDict) -> None:
     need("teacher.pool", all(min(t.widths) < w < max(t.widths) for w in t.pool), "between the ends of teacher.widths")
     need("teacher.calibration.images", t.calibration.images >= 0, "0 (off) or a number of images")
     need("teacher.calibration.batch_size", t.calibration.batch_size >= 1, "at least 1")
+    need("teacher.calibration.batch_size", not (c.batch_norm_group and t.calibration.images)
+         or t.calibration.batch_size % c.batch_norm_group == 0,
+         f"a multiple of batch_norm_group, which is {c.batch_norm_group}")  # fmt: skip
     need("teacher.calibration.seed", t.calibration.seed >= 0, "0 or more")
 
     one_of("student.budget", ("total", "per_stage"))
@@ -334,6 +377,8 @@ def check(config: ConfigDict) -> None:
         need(f"{who}.schedule.milestones", all(0 < m < 1 for m in r.milestones) and list(r.milestones) ==
              sorted(set(r.milestones)), "rising fractions of the cycle between 0 and 1")  # fmt: skip
         need(f"{who}.batch_size", g.batch_size >= 1, "at least 1")
+        need(f"{who}.batch_size", not c.batch_norm_group or g.batch_size % c.batch_norm_group == 0,
+             f"a multiple of batch_norm_group, which is {c.batch_norm_group}")  # fmt: skip
         stages.steps(g.duration, f"{who}.duration", batch_size=1, images=1)
         stages.steps(r.warmup, f"{who}.schedule.warmup", batch_size=1, images=1, total=1, zero=True)
     need("evaluation.batch_size", c.evaluation.batch_size >= 1, "at least 1")

@@ -10,6 +10,7 @@ missing, left over or of another shape is listed. Exits with code 2 and one sent
 
 import argparse
 import hashlib
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="FILE.safetensors; its card goes beside it")
     parser.add_argument("--image-size", type=int, help="of training; 224 for ImageNet models and transformers, otherwise 32")
     parser.add_argument("--channels", type=int, default=3, help="of the images")
-    parser.add_argument("--mean", type=_numbers, help="by which images were normalised, as in 0.5,0.5,0.5")
+    parser.add_argument("--mean", type=_numbers, help="by which images were normalised, as in 0.5,0.5,0.5; that of the "
+                        "reference projects where it is not given, but for transformers, which have two")  # fmt: skip
     parser.add_argument("--std", type=_numbers, help="the same")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="what to leave out, as in 'teacher.*'")
     options = parser.parse_args(arguments)
@@ -51,11 +53,16 @@ def convert(
 ) -> dict:  # fmt: skip
     """Write `file`'s weights as `out` and return their card. Raises UserError; then nothing is written."""
     if out.suffix != ".safetensors":
-        raise UserError(f"--out: '{out}' should end in .safetensors")
+        raise UserError(f"--out: '{out}' should be a name ending in .safetensors")
     for key, value in (("--image-size", image_size), ("--channels", channels)):
         if value is not None and value < 1:
             raise UserError(f"{key}: {value} is not possible; it should be at least 1")
     known = models.create(model)  # first, for a wrong name should not wait for a large file
+    if model.startswith("vit_") and not (mean and std):
+        raise UserError(
+            "--mean, --std: give those that these weights were trained with; timm's own have 0.5,0.5,0.5 for both, "
+            "DeiT's and torchvision's 0.485,0.456,0.406 and 0.229,0.224,0.225"
+        )
     found = pytorch.read(file)
     classes = pytorch.classes(known, found)
     if classes is None:
@@ -64,7 +71,7 @@ def convert(
     default_mean, default_std = IMAGENET if large else CIFAR100
     size = image_size or (224 if large else 32)
     shape, mean, std = (size, size, channels), mean or default_mean, std or default_std
-    if not len(mean) == len(std) == channels or min(std) <= 0:
+    if not len(mean) == len(std) == channels or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
         raise UserError(f"--mean, --std: each should be {channels} numbers, one a channel, and those of --std above 0")
     with open(file, "rb") as content:
         source = {"file": file.name, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
@@ -79,7 +86,10 @@ def convert(
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' should be numbers with commas, as in 0.5,0.5,0.5") from None
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@
     python -m pwkd_jax.evaluate runs/digits/students/pwkd/seed0 --teacher runs/digits/teacher/slimmable
     python -m pwkd_jax.evaluate resnet32x4.safetensors --data cifar100 --data-dir /my/tfds
     python -m pwkd_jax.evaluate exported/model.stablehlo --data digits --json
+    python -m pwkd_jax.evaluate resnet50.safetensors --data folder --data-dir /my/photos --split validation
+
+Images of many sizes are streamed: shorter side to --resize pixels, then the central --image-size.
 
 Prints top-1, top-5, negative log-likelihood, calibration error, images a second and, with --teacher, agreement (how often both
 choose one class) and divergence, the mean KL(teacher || student). Exits with code 2 and one sentence on a mistake.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -22,7 +26,7 @@ import numpy as np
 from absl import logging
 from jax import export as jax_export
 
-from pwkd_jax import data, scores, trained
+from pwkd_jax import data, scores, trained, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.training import sharding
 
@@ -47,9 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=float, help="of a slimmable teacher; its widest by default")
     parser.add_argument("--teacher", help="another of the same kinds, to compare with")
     parser.add_argument("--teacher-width", type=float)
-    parser.add_argument("--data", help="digits or a TFDS name; by default what it was trained on")
-    parser.add_argument("--data-dir", help="where TFDS sets lie")
+    parser.add_argument("--data", help="digits, folder or a TFDS name; by default what it was trained on")
+    parser.add_argument("--data-dir", help="where TFDS sets lie, or the folder")
     parser.add_argument("--split", help="as in test or validation[:1000]; by default the experiment's test split, or test")
+    parser.add_argument("--image-size", type=int, help="0: images of one size, in RAM; by default as it was trained, or what "
+                        "the model takes where the data set has images of many sizes")  # fmt: skip
+    parser.add_argument("--resize", type=int, help="by default as it was trained, or 8/7 of the image size")
+    parser.add_argument("--workers", type=int, default=-1, help="processes that decode streamed images; -1: one a core")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--model", default="", help="module:Name, where a file's model is your own")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -67,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(
     target: str, width: float | None = None, teacher: str | None = None, teacher_width: float | None = None,
     data: str | None = None, data_dir: str | None = None, split: str | None = None, batch_size: int = 256, model: str = "",
+    image_size: int | None = None, resize: int | None = None, workers: int = -1,
 ) -> dict:  # fmt: skip
     """{"target", "model", "data", "split", "images", "images_per_second", the keys of `scores.summary`, and with a teacher
     "teacher": {"target", "model", its own scores}}. Raises UserError."""
@@ -80,12 +89,16 @@ def evaluate(
     if not name:
         raise UserError(f"--data: {target} does not say what it was trained on; name a data set")
     folder = data_dir if data_dir is not None else (own.data["data_dir"] if data is None else "")
-    images = _split(name, folder, split, own, target)
+    known = own.data if data is None else {}
+    images = _split(name, folder, split, own, target, image_size, resize, workers, known)
     if taught and (taught.image_shape, taught.num_classes) != (own.image_shape, own.num_classes):
         raise UserError(f"--teacher: {teacher} {_takes(taught)}, but {target} {_takes(own)}")
     found, rate = _predict(own, images, batch_size)
     beside, _ = _predict(taught, images, batch_size) if taught else (None, 0)
     labels = images.labels
+    for who, scored in ((target, found), (teacher, beside)):
+        if scored is not None and (bad := int(np.isnan(scored).any(axis=1).sum())):
+            raise UserError(f"{who}: gives no number for {bad} of {len(labels)} images; its weights are not finite")
     result = {"target": target, "model": own.title, "data": name, "split": split, "images": len(labels),
               "images_per_second": rate, **scores.summary(scores.per_image(found, labels, beside))}  # fmt: skip
     if taught:
@@ -94,10 +107,25 @@ def evaluate(
     return result
 
 
-def _split(name: str, folder: str, split: str, own: Scored, target: str) -> data.Split:
-    images, classes = data.load_split(name, folder, split)
-    if images.images.shape[1:] != own.image_shape or classes != own.num_classes:
-        size = "x".join(map(str, images.images.shape[1:]))
+def _split(
+    name: str, folder: str, split: str, own: Scored, target: str, size: int | None, resize: int | None, workers: int,
+    known: dict,
+) -> data.Split | data.Stream:  # fmt: skip
+    if size is None:
+        size = known.get("image_size")
+    if size is None:
+        size = own.image_shape[0] if data.many_sizes(name, folder) else 0
+    if size < 0 or workers < -1:
+        raise UserError("--image-size and --workers: take 0 or more, and --workers also -1 for one a core")
+    streaming = None
+    if size:
+        resize = resize or known.get("resize") or round(size * 8 / 7)
+        if resize < size:
+            raise UserError(f"--resize: {resize} pixels are fewer than the {size} that are cropped from them")
+        streaming = data.Streaming(size, resize=resize, workers=workers)
+    images, classes = data.load_split(name, folder, split, streaming=streaming)
+    if tuple(images.image_shape) != tuple(own.image_shape) or classes != own.num_classes:
+        size = "x".join(map(str, images.image_shape))
         raise UserError(f"--data: '{name}' has {size} images in {classes} classes, but {target} {_takes(own)}")
     return images
 
@@ -108,10 +136,11 @@ def _takes(scored: Scored) -> str:
 
 def _open(target: str, width: float | None, model: str) -> Scored:
     if Path(target).suffix == ".stablehlo":
-        if width is not None:
-            raise UserError(f"--width: {target} is a program, of one width")
+        for option, value in (("--width", width), ("--model", model)):
+            if value:
+                raise UserError(f"{option}: {target} is a program, of one model and width")
         return _open_program(Path(target))
-    found = trained.load(target, width, model)
+    found = trained.load(target, width, model, KINDS)
     mesh = sharding.make_mesh()
     variables = jax.device_put(found.variables, sharding.replicated(mesh))
     run = jax.jit(lambda v, x: jax.nn.log_softmax(found.logits(v, x).astype(jnp.float32)))
@@ -126,33 +155,35 @@ def _open(target: str, width: float | None, model: str) -> Scored:
 
 
 def _open_program(path: Path) -> Scored:
+    weights.refuse_missing(path)
     try:
         program = jax_export.deserialize(bytearray(path.read_bytes()))
         (images,), (out,) = program.in_avals, program.out_avals
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
     except Exception as e:  # flatbuffers and MLIR raise of everything
         raise UserError(f"{path}: is not a whole exported program") from e
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if platform not in program.platforms:
         raise UserError(f"{path}: was exported for {', '.join(program.platforms)}, and this is {platform}")
-    run = jax.jit(lambda x: jnp.log(program.call(x)))
-    known = {"name": "", "data_dir": "", "test_split": "test"}
+    # Probabilities under float32's smallest count as that: a program has no logits to tell them apart.
+    run = jax.jit(lambda x: jnp.log(jnp.maximum(program.call(x), jnp.finfo(jnp.float32).tiny)))
     card = path.with_suffix(".json")
-    if card.exists():
-        known["name"] = json.loads(card.read_text())["source"].get("data", "")
+    try:
+        known = trained.known(json.loads(card.read_text())["source"] if card.exists() else {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{card}: is no card of this project; remove it and name a data set with --data") from e
     return Scored(run, f"a program for {', '.join(program.platforms)}", images.shape[1:], out.shape[1], known, 1)
 
 
 def _predict(scored: Scored, split: data.Split, batch_size: int) -> tuple[np.ndarray, float]:
     """(log-probabilities [N, classes], images a second without the first batch, whose program has to be compiled)."""
     batch_size = -(-min(batch_size, len(split)) // scored.devices) * scored.devices
-    batches = [b["image"] for b in data.eval_batches(split, batch_size)]
-    jax.block_until_ready(scored.log_probabilities(batches[0]))
+    batches = (b["image"] for b in data.eval_batches(split, batch_size))
+    first = next(batches)
+    jax.block_until_ready(scored.log_probabilities(first))
     begun = time.perf_counter()
-    results = [scored.log_probabilities(b) for b in batches]
+    results = [scored.log_probabilities(b) for b in itertools.chain([first], batches)]
     jax.block_until_ready(results)
-    rate = len(batches) * batch_size / (time.perf_counter() - begun)
+    rate = len(results) * batch_size / (time.perf_counter() - begun)
     return np.concatenate([np.asarray(r) for r in results])[: len(split)], rate
 
 

@@ -10,7 +10,6 @@
 import functools
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import flax.linen as nn
@@ -19,7 +18,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from pwkd_jax import slimmable, stages, weights
+from pwkd_jax import lending, programs, slimmable, stages, weights
 from pwkd_jax.config import leaves
 from pwkd_jax.errors import UserError
 from pwkd_jax.files import replace
@@ -27,21 +26,26 @@ from pwkd_jax.models import costs
 from pwkd_jax.reporting import summary as reporting
 from pwkd_jax.reporting.environment import environment
 from pwkd_jax.setting import Setting, prepare
-from pwkd_jax.training import loop, sharding, student, teacher
+from pwkd_jax.training import distributed, loop, preemption, student, teacher
 from pwkd_jax.training import state as states
 
 # Keys that may change between two commands in one workdir: they add runs to it, or change nothing of a finished one.
-FREE = ("name", "arms", "seeds", "data.data_dir", "student.ensemble", "log.every", "log.tensorboard", "checkpoint.every")
+FREE = (
+    "name", "arms", "seeds", "data.data_dir", "data.workers", "data.on_device", "steps_per_dispatch", "teacher.run",
+    "student.ensemble", "log.every", "log.tensorboard", "checkpoint.every", "mesh.model", "teacher.sharding",
+    "student.sharding", "student.teacher_sharding",
+)  # fmt: skip
 
 
 def run(config: ConfigDict, workdir: Path) -> dict:
     """Train what is not yet trained, write summary.json and report.html, and return the summary."""
-    setting = prepare(config)
+    setting = distributed.together(lambda: prepare(config))
     plans = {arm: setting.plan(arm) for arm in config.arms}
     teaching = {t: {w for plan in plans.values() for s in plan if s.teacher == t for w in s.widths} for t in setting.teachers}
     wanted = [t for t, widths in teaching.items() if widths]
     distillations = {t: setting.distillation(t, teaching[t]) for t in wanted}
-    _claim(workdir, config, setting.facts)
+    distributed.together(lambda: lending.check(config, setting.facts, wanted))
+    distributed.decide(lambda: _claim(workdir, config, setting.facts))
     _announce(setting, wanted)
 
     taught = {name: functools.cache(functools.partial(_teach, setting, workdir, name)) for name in wanted}
@@ -49,7 +53,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     runs = []
     for arm, plan in plans.items():
         source = plan[0].teacher
-        steps = functools.cache(functools.partial(_student_steps, setting, plan, distillations.get(source)))
+        steps = functools.cache(functools.partial(programs.student_steps, setting, plan, distillations.get(source)))
         for seed in range(config.seed, config.seed + config.seeds):
             directory = workdir / "students" / arm / f"seed{seed}"
             result = _result(directory)
@@ -58,7 +62,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
                 result = _study(setting, directory, arm, plan, seed, steps(), frozen, distillations.get(source))
             runs.append(result)
 
-    known = [*teacher_results.values(), *runs]
+    known = [*([] if config.teacher.run else teacher_results.values()), *runs]
     summary = reporting.build(
         name=config.name,
         config=json.loads(config.to_json()),
@@ -70,7 +74,9 @@ def run(config: ConfigDict, workdir: Path) -> dict:
         seconds=sum(r["seconds"] for r in known),
         ensemble_members=config.student.ensemble,
     )
-    reporting.write(summary, workdir)
+    distributed.decide(lambda: reporting.write(summary, workdir))
+    if skipped := setting.dataset.train.skipped:
+        print(f"warning: {len(skipped)} training images could not be read and were replaced by others; they are named above")
     return summary
 
 
@@ -80,33 +86,32 @@ def run(config: ConfigDict, workdir: Path) -> dict:
 def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict], dict]:
     """({width: frozen variables}, result) of a teacher, trained as far as it was not yet."""
     c, net, directory = setting.config.teacher, setting.teachers[name], workdir / "teacher" / name
+    if c.run:
+        distributed.decide(lambda: lending.copy(Path(c.run), workdir, name))
+    if result := _result(directory):
+        paths = {w: directory / f"width_{slimmable.width_key(w)}.safetensors" for w in net.table}
+        # A file has no place for a collection without arrays: a model without batch norm has one.
+        frozen = {w: {key: {} for key in net.likes[w]} | weights.read(path, c.model)[0] for w, path in paths.items()}
+        return setting.place(frozen, setting.config.student.teacher_sharding), result
     if name == "standard" and name in setting.start:
         return _given(setting, directory)
-    images = len(setting.dataset.train.labels)
+    images = len(setting.dataset.train)
     total = stages.steps(c.duration, "teacher.duration", batch_size=c.batch_size, images=images)
-    tx, schedule = setting.optimizer("teacher"), setting.schedule("teacher", [(0, total)])
-    # A standard teacher is the same network with one width; then there is nothing to sample or to distil in place.
-    sandwich = {"loss": c.loss, "sampling": c.sampling} if name == "slimmable" else {}
-    step = teacher.make_step(
-        net, tx, schedule, setting.preprocess, reduction=c.reduction, subnetworks=c.subnetworks, **sandwich
-    )
-    step = sharding.jit_step(setting.mesh, step)
+    create, step = programs.teacher_step(setting, name)
     calibrate = teacher.make_calibration(net, setting.dataset.train, setting.preprocess, setting.mesh, **c.calibration)
 
     def freeze(state: states.State) -> dict[float, dict]:
         frozen = teacher.freeze(net, state.params, state.collections)
-        return calibrate(frozen) if c.calibration.images else frozen
+        frozen = calibrate(frozen) if c.calibration.images else frozen
+        return setting.place(frozen, setting.config.student.teacher_sharding)
 
     def evaluate(state: states.State) -> dict[str, float]:
         scores = {w: setting.evaluator(net.members[w], v)["top1"] for w, v in freeze(state).items()}
         return {f"top1_{slimmable.width_key(w)}": score for w, score in scores.items()}
 
-    given = setting.start.get(name)
-    first = net.spread(given) if given else net.init(jax.random.key(setting.config.seed), setting.dataset.image_shape)
-    params, statistics = first
-    state = setting.place(states.create(setting.config.seed, params, statistics, tx))
-    overview = parameter_overview.get_parameter_overview(net.extract(params, statistics, net.widest)["params"])
-    replace(directory / "parameters.txt", overview + "\n")
+    state = create(setting.config.seed, setting.start.get(name))
+    overview = parameter_overview.get_parameter_overview(net.extract(state.params, state.collections, net.widest)["params"])
+    _write(directory / "parameters.txt", overview + "\n")
     state, rows = loop.run(
         directory, f"teacher/{name}", state, [loop.Segment(total, step, lambda s: s)],
         setting.batches(c.batch_size, setting.config.seed), evaluate, setting.cadence(total, c.batch_size),
@@ -135,7 +140,8 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
 
 def _given(setting: Setting, directory: Path) -> tuple[dict[float, dict], dict]:
     """The same of an ordinary teacher whose weights were given: it is not trained, only scored."""
-    c, net, variables = setting.config.teacher, setting.teachers["standard"], setting.place(setting.start["standard"])
+    c, net, variables = setting.config.teacher, setting.teachers["standard"], setting.start["standard"]
+    variables = setting.place(variables, setting.config.student.teacher_sharding)
     begun = time.monotonic()
     top1 = setting.evaluator(net.members[1.0], variables)["top1"]
     row = {"width": 1.0, **_costs(setting, net.members[1.0]), "top1_last": top1, "top1_best": top1}
@@ -150,41 +156,31 @@ def _keep(setting: Setting, directory: Path, name: str, frozen: dict[float, dict
     c = setting.config.teacher
     top1 = {row["width"]: row["top1_last"] for row in result["widths"]}
     for width, variables in frozen.items():
+        variables = distributed.fetch(variables)
+        if not distributed.primary():
+            continue
         source = {"run": f"teacher/{name}", "steps": result["steps"], "top1": top1[width]}
         card = setting.card(c.model, width, c.divisor, source)
         weights.write(directory / f"width_{slimmable.width_key(width)}.safetensors", variables, card)
-    replace(directory / "result.json", json.dumps(result))
+    _write(directory / "result.json", json.dumps(result))
 
 
 # The student.
 
 
-def _student_steps(setting: Setting, plan, distillation) -> dict[tuple[float, ...], Callable]:
-    """{widths: compiled step} of an arm, made once for all its seeds and stages."""
-    c, net = setting.config.student, setting.teachers.get(plan[0].teacher)
-    schedule = setting.schedule("student", *setting.spans(plan))
-    steps = {}
-    for widths in dict.fromkeys(stage.widths for stage in plan):
-        step = student.make_step(
-            setting.student, net.members if net else {}, widths, distillation, plan, setting.optimizer("student"),
-            schedule, setting.preprocess, same_crop=c.same_crop,
-        )  # fmt: skip
-        steps[widths] = sharding.jit_step(setting.mesh, step)
-    return steps
-
-
 def _study(setting: Setting, directory: Path, arm: str, plan, seed: int, steps, frozen, distillation) -> dict:
     """The result of one student: one arm, one seed."""
-    c, images = setting.config.student, len(setting.dataset.train.labels)
+    c, images = setting.config.student, len(setting.dataset.train)
     total, ends, tx = plan[-1].end, [s.end for s in plan], setting.optimizer("student")
+    create, steps = steps
 
     def fresh() -> states.State:
-        return setting.place(student.init(
-            setting.student, setting.dataset.image_shape, distillation, tx, seed, setting.start.get("student")
-        ))
+        return create(seed, setting.start.get("student"))
 
     def enter(state: states.State) -> states.State:
-        return setting.place(student.enter_stage(state, fresh, tx, c.reset, c.connectors)) if int(state.step) else state
+        if not int(state.step):
+            return state
+        return setting.place(student.enter_stage(state, fresh, tx, c.reset, c.connectors), c.sharding)
 
     def judged(state: states.State) -> tuple:
         """(model, variables) whose logits count: the student's, unless its distiller has the last word on them."""
@@ -205,7 +201,7 @@ def _study(setting: Setting, directory: Path, arm: str, plan, seed: int, steps, 
     ]
     state = fresh()
     overview = parameter_overview.get_parameter_overview(state.params)
-    replace(directory / "parameters.txt", overview + "\n")
+    _write(directory / "parameters.txt", overview + "\n")
     state, rows = loop.run(
         directory, f"{arm}/seed{seed}", state, segments, setting.batches(c.batch_size, seed), evaluate,
         setting.cadence(total, c.batch_size), images=images, batch_size=c.batch_size, texts={"parameters": overview},
@@ -230,7 +226,7 @@ def _study(setting: Setting, directory: Path, arm: str, plan, seed: int, steps, 
         "learning_rates": [[int(s), float(rates[s])] for s in shown],
         **_effort(rows, total, c.batch_size, images),
     }
-    replace(directory / "result.json", json.dumps(result))
+    _write(directory / "result.json", json.dumps(result))
     return json.loads(json.dumps(result))
 
 
@@ -261,9 +257,15 @@ def _title(name: str, width: float) -> str:
 
 
 def _result(directory: Path) -> dict | None:
-    """What a finished run left, or None."""
+    """What a finished run left, or None: then it is this run's turn. Raises Preempted between runs."""
+    preemption.check()
     path = directory / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return distributed.decide(lambda: json.loads(path.read_text()) if path.exists() else None)
+
+
+def _write(path: Path, content: str) -> None:
+    if distributed.primary():
+        replace(path, content)
 
 
 def _claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
@@ -290,7 +292,7 @@ def _claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
 def _announce(setting: Setting, wanted: list[str]) -> None:
     c, d = setting.config, setting.dataset
     print(
-        f"{c.name}: {len(d.train.labels)} training and {len(d.test.labels)} test images of {d.name}, "
+        f"{c.name}: {len(d.train)} training and {len(d.test)} test images of {d.name}, "
         f"{d.num_classes} classes, {setting.mesh.size} {jax.devices()[0].platform} device(s)"
     )
     lines = [(f"teacher {c.teacher.model}", w, setting.teachers["slimmable"].members[w])

@@ -1,10 +1,12 @@
-"""Reports on experiments from their summaries: one again, or several side by side.
+"""Reports on experiments from their summaries: one again, several side by side, or a sweep.
 
     python -m pwkd_jax.report runs/digits
     python -m pwkd_jax.report runs/a runs/b --out comparison.html
+    python -m pwkd_jax.report runs/sweep
 
 One work directory: prints its result table and writes its page again (report.html in it, or --out). Several: prints a
-comparison and writes its page (comparison.html here, or --out). Exits with code 2 and one sentence on a mistake.
+comparison and writes its page (comparison.html here, or --out). The root of a sweep: prints its table, names the points that
+are not finished, and writes results.csv, results.json and report.html into it. Exits with code 2 and one sentence on a mistake.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from pwkd_jax.errors import UserError
 from pwkd_jax.files import replace
-from pwkd_jax.reporting import page, words
+from pwkd_jax.reporting import page, sweep, words
 from pwkd_jax.reporting import summary as summaries
 
 MISSING = "(not set)"
@@ -73,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(paths: Sequence[str], out: Path | None) -> None:
+    if len(paths) == 1 and sweep.is_root(Path(paths[0])):
+        _sweep(Path(paths[0]), out)
+        return
     found: dict[str, dict] = {}
     for path in paths:
         if any(Path(path).resolve() == Path(other).resolve() for other in found):
@@ -87,12 +92,29 @@ def _run(paths: Sequence[str], out: Path | None) -> None:
         named = name(found)
         out = out or Path("comparison.html")
         text, html = compare(named), page.comparison(named, differing(named))
-    try:
-        replace(out, html)
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror}): give --out another file"
-        ) from None
+    _write({out: html})
+    _say(text, out)
+
+
+def _sweep(root: Path, out: Path | None) -> None:
+    name, named, axes, unfinished = sweep.collect(root)
+    rows = sweep.rows(named, axes)
+    out = out or root / "report.html"
+    html = page.sweep(name, named, *sweep.cells(rows), sweep.missing(unfinished) if unfinished else "")
+    numbers = {root / "results.json": sweep.as_json(name, rows, unfinished), root / "results.csv": sweep.as_csv(rows)}
+    _write({**numbers, out: html})
+    _say(sweep.text(name, rows, unfinished), out)
+
+
+def _write(files: dict[Path, str]) -> None:
+    for path, content in files.items():
+        try:
+            replace(path, content)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}): give --out another file") from None
+
+
+def _say(text: str, out: Path) -> None:
     # A terminal that cannot show a letter of someone's name must not cost the table.
     sys.stdout.reconfigure(errors="replace")
     print(f"{text}\n\nReport: {out}")

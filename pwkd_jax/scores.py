@@ -14,7 +14,8 @@ def per_image(log_probabilities: np.ndarray, labels: np.ndarray, teacher: np.nda
     """
     z = log_probabilities.astype(np.float64)
     own = np.take_along_axis(z, labels[:, None], axis=1)
-    before = (z > own) | ((z == own) & (np.arange(z.shape[1]) < labels[:, None]))
+    # Put so that a score which is no number never counts as right.
+    before = ~(z < own) & ((z != own) | (np.arange(z.shape[1]) < labels[:, None]))
     rank = before.sum(axis=1)
     scores = {"top1": rank < 1, "top5": rank < 5, "nll": -own[:, 0], "confidence": np.exp(z.max(axis=1))}
     if teacher is not None:

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from pwkd_jax import data, distillers, models, ordering, slimmable, stages, weights
 from pwkd_jax.errors import UserError
-from pwkd_jax.training import loop, sharding
+from pwkd_jax.models import compute
+from pwkd_jax.training import dispatch, loop, sharding, student
 from pwkd_jax.training import state as states
 from pwkd_jax.training.evaluation import Evaluator
 
@@ -39,15 +40,26 @@ class Setting:
 
     def preprocess(self, key: jax.Array, images: jax.Array) -> jax.Array:
         c = self.config.data
-        return self.normalise(data.augment(key, images, c.crop_padding, c.flip))
+        # Streamed images were mirrored where they were cropped, on the host.
+        return self.normalise(data.augment(key, images, c.crop_padding, c.flip and not c.image_size))
+
+    @functools.cached_property
+    def stored(self) -> dict[str, jax.Array]:
+        """The training data on the devices, once for all runs."""
+        return dispatch.store(self.mesh, self.dataset.train)
 
     def batches(self, batch_size: int, seed: int) -> Callable:
-        pipeline = data.Pipeline(self.dataset.train, batch_size, seed, jax.process_index(), jax.process_count())
+        c, train = self.config, self.dataset.train
+        pipeline = data.batches(train, batch_size, seed, jax.process_index(), jax.process_count())
+        if dispatch.on_device(c.data.on_device, train):
+            return dispatch.Resident(self.mesh, pipeline, self.stored, dispatch.most(c.steps_per_dispatch, True))
+        if not wants_labels(c):
+            return lambda step: sharding.put_batch(self.mesh, pipeline(step))
         labels = jax.device_put(self.dataset.train.labels, sharding.replicated(self.mesh))
         return lambda step: sharding.put_batch(self.mesh, pipeline(step)) | {"dataset_label": labels}
 
     def cadence(self, total: int, batch_size: int) -> loop.Cadence:
-        c, known = self.config, {"batch_size": batch_size, "images": len(self.dataset.train.labels), "total": total}
+        c, known = self.config, {"batch_size": batch_size, "images": len(self.dataset.train), "total": total}
         every = (stages.steps(c[key].every, f"{key}.every", **known) for key in ("log", "evaluation", "checkpoint"))
         return loop.Cadence(*every, c.log.tensorboard)
 
@@ -55,7 +67,7 @@ class Setting:
         c = self.config[who]
         warmup = stages.steps(
             c.schedule.warmup, f"{who}.schedule.warmup", batch_size=c.batch_size, zero=True,
-            images=len(self.dataset.train.labels), total=spans[-1][1],
+            images=len(self.dataset.train), total=spans[-1][1],
         )  # fmt: skip
         shape = {key: c.schedule[key] for key in ("peak", "floor", "milestones", "factor")}
         form = form or c.schedule.form
@@ -64,8 +76,28 @@ class Setting:
     def optimizer(self, who: str):
         return states.optimizer(**self.config[who].optimizer)
 
-    def place(self, state: states.State) -> states.State:
-        return jax.device_put(state, sharding.replicated(self.mesh))
+    def place(self, tree, how: str = "replicated"):
+        return sharding.place(self.mesh, tree, how)
+
+    def teacher_state(self, name: str) -> Callable:
+        """create(seed, given variables or None) -> the first state of a teacher, made where `teacher.sharding` has it."""
+        net, shape, tx = self.teachers[name], self.dataset.image_shape, self.optimizer("teacher")
+
+        def make(seed, given):
+            first = net.spread(given) if given else net.init(jax.random.key(seed), shape)
+            return states.create(seed, *first, tx)
+
+        return sharding.creator(self.mesh, make, self.config.teacher.sharding, 0, self.start.get(name))
+
+    def student_state(self, distillation: distillers.Distillation | None) -> Callable:
+        """The same of a student, by `student.sharding`."""
+
+        def make(seed, given):
+            return student.init(
+                self.student, self.dataset.image_shape, distillation, self.optimizer("student"), seed, given
+            )
+
+        return sharding.creator(self.mesh, make, self.config.student.sharding, 0, self.start.get("student"))
 
     def plan(self, arm: str) -> list[stages.Stage]:
         return plan(self.config, self.facts, arm)
@@ -83,15 +115,16 @@ class Setting:
     def card(self, model: str, width: float, divisor: int, source: dict) -> dict:
         f = self.facts
         return weights.card(model, width, divisor, f["num_classes"], f["image_shape"], f["mean"], f["std"],
-                            {"experiment": self.config.name, "data": f["name"], **source})  # fmt: skip
+                            {"experiment": self.config.name, "data": f["name"], "test_split": self.config.data.test_split,
+                             **source})  # fmt: skip
 
 
 def data_facts(dataset: data.Dataset, mean: Sequence[float], std: Sequence[float]) -> dict:
     """What of the data everything after training needs to know; what summary.json and data.json of a workdir hold."""
     return {
         "name": dataset.name,
-        "train_images": len(dataset.train.labels),
-        "test_images": len(dataset.test.labels),
+        "train_images": len(dataset.train),
+        "test_images": len(dataset.test),
         "num_classes": dataset.num_classes,
         "image_shape": list(dataset.image_shape),
         "mean": list(mean),
@@ -100,7 +133,7 @@ def data_facts(dataset: data.Dataset, mean: Sequence[float], std: Sequence[float
 
 
 def networks(config: ConfigDict, facts: dict) -> tuple[dict[str, slimmable.Slimmable], nn.Module]:
-    """({name: teacher}, student) of a config, built and checked by shapes alone. Raises UserError."""
+    """({name: teacher}, student) of a config, built and checked by shapes alone, computed as it says. Raises UserError."""
     c, shape, classes = config, tuple(facts["image_shape"]), facts["num_classes"]
 
     def family(width: float) -> nn.Module:
@@ -118,7 +151,11 @@ def networks(config: ConfigDict, facts: dict) -> tuple[dict[str, slimmable.Slimm
         models.abstract(pupil, shape)
     except models.WidthError as e:
         raise UserError(f"student.width: {e}") from e
-    return nets, pupil
+    wrap = functools.partial(compute.wrap, dtype=c.dtype, group=c.batch_norm_group)
+    wrapped = {
+        name: dataclasses.replace(net, members={w: wrap(m) for w, m in net.members.items()}) for name, net in nets.items()
+    }
+    return wrapped, wrap(pupil)
 
 
 def stage_lengths(config: ConfigDict, facts: dict) -> list[int]:
@@ -139,6 +176,14 @@ def plan(config: ConfigDict, facts: dict, arm: str) -> list[stages.Stage]:
     return stages.plan(arm, widths, stage_lengths(config, facts), config.teacher.widths)
 
 
+def wants_labels(config: ConfigDict) -> bool:
+    """Whether batches carry the labels of the whole training split: of data in RAM always, of a stream, which would have to
+    read all of it, only where the distiller asks."""
+    c = config.student.distiller
+    options = {k: v for k, v in c.items() if k != "name"}
+    return not config.data.image_size or getattr(distillers.create(c.name, **options), "dataset_labels", False)
+
+
 def fit_distiller(
     config: ConfigDict, facts: dict, net: slimmable.Slimmable, student: nn.Module, widths: Iterable[float]
 ) -> distillers.Distillation:
@@ -149,8 +194,9 @@ def fit_distiller(
         "image": jax.ShapeDtypeStruct((c.batch_size, *shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((c.batch_size,), jnp.int32),
         "index": jax.ShapeDtypeStruct((c.batch_size,), jnp.int32),
-        "dataset_label": jax.ShapeDtypeStruct((facts["train_images"],), jnp.int32),
     }
+    if wants_labels(config):
+        batch["dataset_label"] = jax.ShapeDtypeStruct((facts["train_images"],), jnp.int32)
 
     def outputs(model: nn.Module) -> models.Outputs:
         variables = models.abstract(model, shape)
@@ -181,17 +227,35 @@ def _ordered(teacher: ConfigDict, net: slimmable.Slimmable, whole: dict, shape: 
         raise UserError("teacher.weights: are those of width 1, which should then be one of teacher.widths")
     if teacher.order == "none" or len(net.widths) == 1:
         return whole
-    return ordering.order(net.members[1.0], whole, shape, net.likes[net.widths[-1]], teacher.order)
+    return ordering.order(compute.plain(net.members[1.0]), whole, shape, net.likes[net.widths[-1]], teacher.order)
+
+
+def streaming(config: ConfigDict) -> data.Streaming | None:
+    keys = [field.name for field in dataclasses.fields(data.Streaming)]
+    return data.Streaming(**{key: config.data[key] for key in keys}) if config.data.image_size else None
 
 
 def prepare(config: ConfigDict) -> Setting:
     """Read the data and check that everything fits, by shapes alone. Raises UserError; writes nothing."""
-    c, mesh = config, sharding.make_mesh()
+    mesh, d = sharding.make_mesh(config.mesh.model), config.data
+    check_batches(config, mesh)
+    dataset = data.load(d.name, d.data_dir, d.train_split, d.test_split, d.num_classes, streaming(config))
+    dispatch.most(config.steps_per_dispatch, dispatch.on_device(d.on_device, dataset.train))
+    return build(config, mesh, dataset)
+
+
+def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """UserError for a batch that does not divide over the mesh."""
+    c = config
     sharding.check_batch(mesh, c.teacher.batch_size, "teacher.batch_size")
     sharding.check_batch(mesh, c.student.batch_size, "student.batch_size")
     if c.teacher.calibration.images:
         sharding.check_batch(mesh, c.teacher.calibration.batch_size, "teacher.calibration.batch_size")
-    dataset = data.load(c.data.name, c.data.data_dir, c.data.train_split, c.data.test_split, c.data.num_classes)
+
+
+def build(config: ConfigDict, mesh: jax.sharding.Mesh, dataset: data.Dataset) -> Setting:
+    """The setting of a config over `dataset`. Raises UserError where something does not fit."""
+    c = config
     shape = dataset.image_shape
     mean, std = (c.data.mean, c.data.std) if c.data.mean else data.channel_statistics(dataset.train.images)
     if len(mean) != shape[-1]:

@@ -1,7 +1,13 @@
 """Train teachers and students: python -m pwkd_jax.train --config=configs/digits.py --workdir=runs/digits
 
 Overrides: --config.student.schedule.peak=0.1 and the like (pwkd_jax/config.py lists every key). The same command again
-continues a stopped run, and adds what arms or seeds it newly asks for. Exit code 2: a mistake in the command, in words.
+continues a stopped run, and adds what arms or seeds it newly asks for.
+
+On several machines the same command runs on each, with one --workdir that all share. Cloud TPU, SLURM, Kubernetes and Open MPI
+say by themselves who is who; elsewhere add --coordinator=HOST:PORT --processes=N --process=I (0 to N - 1, 0 being HOST).
+
+Exit codes: 2, a mistake, in words; 75, stopped by SIGTERM or by the death of another process, and 130, by Ctrl-C: give the same
+command again.
 """
 
 import sys
@@ -9,10 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import logging
+from ml_collections import ConfigDict
 
-from pwkd_jax import config, experiment
+from pwkd_jax import agreement, cache, config, experiment
 from pwkd_jax.errors import UserError
 from pwkd_jax.reporting import summary
+from pwkd_jax.training import distributed, preemption
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,23 +28,42 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__)
         return 0
     logging.set_verbosity(logging.ERROR)  # TFDS and Orbax warn of things that a user here cannot act on
+    cache.enable()
     try:
-        settings, rest = config.load(argv)
-        workdirs = [a.partition("=")[2] for a in rest if a.startswith("--workdir=")]
-        if unknown := [a for a in rest if not a.startswith("--workdir=")]:
-            raise UserError(f"'{unknown[0]}' is not an option; there are --config, --config.KEY and --workdir")
-        if len(workdirs) != 1 or not workdirs[0]:
-            raise UserError("give one directory for the results, as in --workdir=runs/digits")
-        result = experiment.run(settings, Path(workdirs[0]))
+        rest = distributed.start(argv)
+        with preemption.watching():
+            settings, workdir = distributed.together(lambda: _read(rest))
+            distributed.agree(agreement.facts(settings, workdir))
+            result = experiment.run(settings, Path(workdir))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except preemption.Preempted:
+        print("stopped by SIGTERM; the same command continues from the step that was saved", file=sys.stderr)
+        return distributed.RESUMABLE
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+    except Exception as e:
+        distributed.leave(e)
+        raise
     print(summary.table(result))
-    print(f"report: {Path(workdirs[0]) / 'report.html'}")
+    print(f"report: {Path(workdir) / 'report.html'}")
     return 0
+
+
+def _read(argv: Sequence[str]) -> tuple[ConfigDict, str]:
+    """(config, workdir) of a command line."""
+    settings, rest = config.load(argv)
+    workdirs = [a.partition("=")[2] for a in rest if a.startswith("--workdir=")]
+    if unknown := [a for a in rest if not a.startswith("--workdir=")]:
+        raise UserError(
+            f"'{unknown[0]}' is not an option; there are --config, --config.KEY, --workdir and, for several processes, "
+            "--coordinator, --processes and --process"
+        )
+    if len(workdirs) != 1 or not workdirs[0]:
+        raise UserError("give one directory for the results, as in --workdir=runs/digits")
+    return settings, workdirs[0]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What training left, from whatever names it: a run's directory, one of its checkpoints, or a file of weights."""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +10,8 @@ import jax
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from pwkd_jax import data, models, setting, slimmable, weights
+from pwkd_jax import data, models, setting, slimmable, stages, weights
+from pwkd_jax.config import complete
 from pwkd_jax.errors import UserError
 from pwkd_jax.training import student
 
@@ -29,44 +32,57 @@ class Trained(NamedTuple):
         return models.apply(self.model, variables, images, train=False)[0].logits
 
 
-def load(target: str, width: float | None = None, model: str = "") -> Trained:
+def load(target: str, width: float | None = None, model: str = "", kinds: str = KINDS) -> Trained:
     """The model that `target` names, at `width` where it is a slimmable teacher (default: its widest).
 
-    model: the `module:Name` that a file may import, where its model is one's own. Raises UserError.
+    model: the `module:Name` that a file may import, where its model is one's own. kinds: what to offer for a target that is
+    none. Raises UserError.
     """
-    path = Path(target).absolute()
-    if path.suffix == ".safetensors":
+    path = Path(os.path.abspath(target))
+    if (path / "model.safetensors").is_file():  # the directory of an export
+        path = path / "model.safetensors"
+    if path.is_file():
         variables, card = weights.read(path, model)
         if width not in (None, card["width"]):
             raise UserError(f"--width: {target} holds width {card['width']:g} alone")
-        known = {"name": card["source"].get("data", ""), "data_dir": "", "test_split": "test"}
-        return Trained(weights.build(card), variables, card, known)
+        return Trained(weights.build(card), variables, card, known(card["source"]))
     if not path.exists():
-        raise UserError(f"{target}: there is no such file or directory; give {KINDS}")
+        raise UserError(f"{target}: there is no such file or directory; give {kinds}")
     inside = path.parent.name == "checkpoints" and path.name.isdigit()
     run, step = (path.parents[1], int(path.name)) if inside else (path, None)
     workdir = next((p for p in run.parents if (p / "config.json").exists() and (p / "data.json").exists()), None)
-    parts = run.relative_to(workdir).parts if workdir else ()
-    if not parts or parts[0] not in ("teacher", "students") or len(parts) != {"teacher": 2, "students": 3}[parts[0]]:
-        raise UserError(f"{target}: is no run of an experiment; give {KINDS}")
-    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    facts = json.loads((workdir / "data.json").read_text())
-    source = {"experiment": config.name, "data": facts["name"], "run": "/".join(parts)}
-    known = {key: config.data[key] for key in ("name", "data_dir", "test_split")}
+    place = run.relative_to(workdir).as_posix() if workdir else ""
+    if not re.fullmatch(rf"teacher/(slimmable|standard)|students/({'|'.join(stages.ARMS)})/seed\d+", place):
+        inside = sorted(p.parent.relative_to(path).as_posix() for p in path.rglob("checkpoints"))
+        hint = f"there are {', '.join(inside)} in it" if inside else f"give {kinds}"
+        raise UserError(f"{target}: is no run of an experiment; {hint}")
+    parts = place.split("/")
+    try:
+        # What older experiments did not set has the default of today.
+        config = complete(ConfigDict(json.loads((workdir / "config.json").read_text())), (), str(workdir / "config.json"))
+        facts = json.loads((workdir / "data.json").read_text())
+    except ValueError as e:
+        raise UserError(f"{workdir}: its config.json or data.json is not whole; give the same training command again") from e
+    source = {"experiment": config.name, "data": facts["name"], "test_split": config.data.test_split, "run": "/".join(parts)}
+    split = {key: config.data[key] for key in ("name", "data_dir", "test_split")}
+    split |= {key: config.data[key] for key in ("image_size", "resize")}
     read = _teacher if parts[0] == "teacher" else _student
     found, variables, about = read(target, workdir, run, step, width, config, facts)
     card = weights.card(
         about.pop("model"), about.pop("width"), about.pop("divisor"), facts["num_classes"], facts["image_shape"],
         facts["mean"], facts["std"], source | about.pop("source"),
     )  # fmt: skip
-    return Trained(found, variables, card | about, known)
+    return Trained(found, variables, card | about, split)
+
+
+def known(source: dict) -> dict:
+    """The data that a card's `source` names, as a config has them."""
+    return {"name": source.get("data", ""), "data_dir": "", "test_split": source.get("test_split", "test")}
 
 
 def _teacher(target: str, workdir: Path, run: Path, step: int | None, width: float | None, config, facts):
     c = config.teacher
-    net = setting.networks(config, facts)[0].get(run.name)
-    if net is None:
-        raise UserError(f"{target}: is no run of an experiment; give {KINDS}")
+    net = setting.networks(config, facts)[0][run.name]
     width = net.table[0] if width is None else width
     if width not in net.table:
         raise UserError(f"--width: {target} has the widths {', '.join(f'{w:g}' for w in sorted(net.table))}, not {width:g}")

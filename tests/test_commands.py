@@ -190,9 +190,8 @@ def test_tfds_images_train_through_the_same_road(tmp_path):
     arguments = ["--config=configs/cifar10.py", *(f"--config.{o}" for o in overrides), f"--workdir={tmp_path / 'w'}"]
     assert train.main(arguments) == 0
     summary = json.loads((tmp_path / "w" / "summary.json").read_text())
-    assert summary["data"] == {
-        "name": "cifar10", "train_images": 160, "test_images": 40, "num_classes": 10, "image_shape": [32, 32, 3]
-    }  # fmt: skip
+    facts = {"name": "cifar10", "train_images": 160, "test_images": 40, "num_classes": 10, "image_shape": [32, 32, 3]}
+    assert facts.items() <= summary["data"].items() and len(summary["data"]["mean"]) == 3
 
 
 EIGHT = """

@@ -62,7 +62,7 @@ def test_overrides(override, key, value):
         ("student.distiller.temperature=0", r"student.distiller: temperature: 0 is not possible"),
         ("seeds=2.5", r"seeds=2.5: the key takes a whole number"),
         ("seeds", r"seeds: the key takes a whole number"),
-        ("seeds=0", r"seeds: 0 is not possible; it should be at least 1"),
+        ("seeds=-1", r"seeds: -1 is not possible; it should be 0 \(teachers alone\) or more"),
         ("teacher.schedule.peak=high", r"peak=high: the key takes a number"),
         ("teacher.optimizer.nesterov=maybe", r"the key takes true or false"),
         ("arms=pwkd,best", r"arms: .* it should be from alone, kd_standard"),

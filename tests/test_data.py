@@ -366,11 +366,12 @@ def test_images_of_several_sizes(tmp_path):
     root = _tfds(tmp_path, _two(train=[mixed]), shape=(None, None, 3))
     assert _refusal("toy", root) == (
         "data.name: images of data set 'toy' differ in size: record 3 of split 'train' is 4x6x3, others are 4x4x3; "
-        "all must have one size"
+        "all must have one size, or be streamed at a data.image_size"
     )
     root = _tfds(tmp_path / "b", _two(test=[_records(_images(2, (4, 6, 3)))]), shape=(None, None, 3))
     assert _refusal("toy", root) == (
-        "data.name: images of data set 'toy' are 4x4x3 in 'train' but 4x6x3 in 'test'; all must have one size"
+        "data.name: images of data set 'toy' are 4x4x3 in 'train' but 4x6x3 in 'test'; all must have one size, "
+        "or be streamed at a data.image_size"
     )
 
 

@@ -169,6 +169,8 @@ def test_initialisers_are_those_of_the_references():
     np.testing.assert_allclose(std("resnet20", "classifier", "bias"), 1 / np.sqrt(3 * 64), rtol=0.25)
     np.testing.assert_allclose([std("vgg8", "classifier", "kernel"), std("vgg8", "classifier", "bias")], [0.01, 0], rtol=0.05)
     np.testing.assert_allclose(std("vit_tiny_patch4", "block1", "mlp1", "kernel"), 0.02, rtol=0.05)
+    np.testing.assert_allclose(std("vit_tiny_patch4", "patch_conv", "kernel"), 1 / np.sqrt(3 * 48), rtol=0.05)
+    np.testing.assert_allclose(std("vit_tiny_patch4", "class_token"), 1e-6, rtol=0.25)
 
 
 def test_channels_are_exact_or_refused():

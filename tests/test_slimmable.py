@@ -76,7 +76,7 @@ def test_take_mask_embed_and_put_on_arrays():
     assert put(full, {"a": -block})["a"][2, 3] == 11
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [0.25, *(pytest.param(w, marks=pytest.mark.slow) for w in WIDTHS[1:])])
 @pytest.mark.parametrize("train", [True, False])
 def test_sliced_equals_masked_equals_standalone(pair, batch, width, train):
     sliced, masked, params, statistics = pair

@@ -84,8 +84,9 @@ class Bench:
     def step(self, widths):
         if widths not in self.steps:
             made = student.make_step(
-                self.model, self.net.members, widths, self.distillation, self.plan, self.tx, self.schedule, preprocess
-            )
+                self.model, self.net.members, widths, self.distillation, self.plan, self.tx, self.schedule, preprocess,
+                images=40,
+            )  # fmt: skip
             self.steps[widths] = jax.jit(made)
         return lambda state, batch: self.steps[widths](state, batch, teacher={w: self.frozen[w] for w in widths})
 
@@ -285,7 +286,7 @@ def test_another_crop_for_the_teacher_changes_the_loss():
     for same in (True, False):
         step = jax.jit(student.make_step(
             bench.model, bench.net.members, (1.0,), bench.distillation, bench.plan, bench.tx, bench.schedule, noisy,
-            same_crop=same,
+            images=40, same_crop=same,
         ))  # fmt: skip
         results.append(step(bench.fresh(), bench.pipeline(0), teacher={1.0: bench.frozen[1.0]})[1].compute())
     assert results[0]["train_top1"] == results[1]["train_top1"]  # the student's own view is the same

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -305,6 +306,18 @@ def test_pytorch_checkpoints(source, tmp_path, capsys):
     assert "is not a whole PyTorch checkpoint" in error(convert.main, tmp_path / "cut.pth", *command, capsys=capsys)
     torch.save({"model": tensors, "evil": Code(tmp_path / "touched")}, tmp_path / "evil.pth")
     assert "which could run code; it was not loaded" in error(convert.main, tmp_path / "evil.pth", *command, capsys=capsys)
+    for best in (np.float64(72.3), np.float32(72.3), torch.tensor(72.3)):
+        torch.save({"model": tensors, "best_acc": best}, tmp_path / "best.pth")
+        assert convert.main([str(tmp_path / "best.pth"), *command]) == 0
+        out.unlink()
+    compiled = {"_orig_mod." + key.removeprefix("module."): x for key, x in tensors.items()} | {"epoch": 3}
+    torch.save(compiled, tmp_path / "compiled.pth")
+    assert convert.main([str(tmp_path / "compiled.pth"), *command]) == 0
+    out.unlink()
+    torch.save(tensors | {"module.quant": torch.zeros(3, dtype=torch.int8)}, tmp_path / "more.pth")
+    assert "module.quant is not wanted" in error(convert.main, tmp_path / "more.pth", *command, capsys=capsys)
+    torch.save({**tensors, "module.fc.bias": torch.zeros(10).to_sparse()}, tmp_path / "sparse.pth")
+    assert "not plain arrays" in error(convert.main, tmp_path / "sparse.pth", *command, capsys=capsys)
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     assert "holds no state dict" in error(convert.main, tmp_path / "none.pth", *command, capsys=capsys)
     assert not (tmp_path / "touched").exists() and not out.exists()
@@ -314,7 +327,7 @@ def test_pytorch_checkpoints(source, tmp_path, capsys):
     "main, arguments, sentence",
     [
         (evaluate.main, ["nowhere"], r"nowhere: there is no such file or directory; give a run"),
-        (evaluate.main, ["{work}"], r"is no run of an experiment; give a run"),
+        (evaluate.main, ["{work}"], r"no run of an experiment; there are students/pwkd/seed0, teacher/slimmable in it"),
         (evaluate.main, ["{work}/teacher/slimmable", "--width=0.3"], r"--width: .* has the widths 0\.5, 1, not 0\.3"),
         (evaluate.main, ["{work}/teacher/slimmable/checkpoints/24"], r"is calibrated when training ends; name the"),
         (evaluate.main, ["{work}/students/pwkd/seed0", "--width=0.3"], r"--width: .* is a student, of one width"),
@@ -329,8 +342,15 @@ def test_pytorch_checkpoints(source, tmp_path, capsys):
         (export.main, ["{converted}", "--out={garbage}/o", "--platforms=cpu,gpu"], r"--platforms: 'cpu,gpu' should be some of"),
         (export.main, ["{converted}", "--out={garbage}/model.stablehlo"], r"--out: .* cannot be written"),
         (export.main, ["{work}/students/pwkd/seed0", "--out={garbage}/o", "--names=torch"], r"--names: .* no PyTorch original"),
-        (convert.main, ["{source}", "--model=resnet8", "--out=x.pth"], r"--out: 'x\.pth' should end in \.safetensors"),
+        (convert.main, ["{source}", "--model=resnet8", "--out=x.pth"], r"--out: 'x\.pth' should be a name ending in"),
         (convert.main, ["{source}", "--model=resnet8", "--out=x.safetensors", "--channels=1"], r"--mean, --std: each should"),
+        (convert.main, ["{source}", "--model=resnet8", "--out=x.safetensors", "--mean=nan,0,0"], r"--mean, --std: each should"),
+        (convert.main, ["{source}", "--model=vit_tiny_patch16", "--out=x.safetensors"], r"--mean, --std: give those that"),
+        (convert.main, ["{converted}", "--model=resnet8", "--out=x.safetensors"], r"a file of this project already"),
+        (convert.main, ["{garbage}", "--model=resnet8", "--out=x.safetensors"], r"is a directory"),
+        (evaluate.main, ["{garbage}/model.stablehlo", "--model=a:B"], r"--model: .* is a program, of one model and width"),
+        (evaluate.main, ["{work}/students"], r"no run of an experiment; there are pwkd/seed0 in it"),
+        (evaluate.main, ["{work}/config.json"], r"is no \.safetensors file; make one of PyTorch weights with"),
     ],
 )
 def test_mistakes_are_one_sentence(main, arguments, sentence, run, converted, source, tmp_path, capsys):
@@ -338,6 +358,64 @@ def test_mistakes_are_one_sentence(main, arguments, sentence, run, converted, so
     where = {"work": run, "converted": converted, "source": source[0], "garbage": tmp_path}
     assert re.search(sentence, error(main, *(a.format(**where) for a in arguments), capsys=capsys))
     assert [p.name for p in tmp_path.iterdir()] == ["model.stablehlo"]
+
+
+def test_runs_that_were_moved_or_torn(run, tmp_path, capsys):
+    work = shutil.copytree(run, tmp_path / "work")
+    student = work / "students/pwkd/seed0"
+    assert trained.load(str(student / ".." / "seed0")).card["model"] == "test_training:Tiny"
+    for moved in ("students/pwkd/seed0_old", "students/mine/seed0"):
+        shutil.copytree(student, work / moved)
+        assert "is no run of an experiment" in error(evaluate.main, work / moved, capsys=capsys)
+    # A config of a time when a key was not there yet, then one cut off in the middle.
+    kept = json.loads((work / "config.json").read_text())
+    del kept["teacher"]["divisor"]
+    (work / "config.json").write_text(json.dumps(kept))
+    assert trained.load(str(student)).card["model"] == "test_training:Tiny"
+    (work / "config.json").write_text(json.dumps(kept)[:99])
+    assert "is not whole; give the same training command again" in error(evaluate.main, student, capsys=capsys)
+
+
+@pytest.mark.parametrize("card", ["{", "[]", '{"source": null}'])
+def test_cards_that_are_none(card, exported, converted, tmp_path, capsys):
+    shutil.copy(exported / "model.stablehlo", tmp_path)
+    (tmp_path / "model.json").write_text(card)
+    assert "is no card of this project" in error(evaluate.main, tmp_path / "model.stablehlo", capsys=capsys)
+    variables, whole = weights.read(converted)
+    weights.write(tmp_path / "w.safetensors", variables, whole | {"mean": [0.5] * 3})
+    assert "has no card of this project" in error(evaluate.main, tmp_path / "w.safetensors", "--data=digits", capsys=capsys)
+
+
+def test_values_that_are_no_numbers_are_refused(source, converted, tmp_path, capsys):
+    tensors = safetensors.numpy.load_file(source[0])
+    for name, value, phrase in (
+        ("nan", np.full(16, np.nan, np.float32), "holds values that are not finite"),
+        ("int", np.zeros(16, np.int32), "is int32, not a floating-point array"),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        safetensors.numpy.save_file(tensors | {"module.bn1.weight": value}, path)
+        text = error(convert.main, path, "--model=resnet8", f"--out={tmp_path / 'o.safetensors'}", *AS_DIGITS, capsys=capsys)
+        assert f"module.bn1.weight {phrase}" in text
+    halved = {key: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x for key, x in tensors.items()}
+    safetensors.numpy.save_file(halved, tmp_path / "half.safetensors")
+    command = [str(tmp_path / "half.safetensors"), "--model=resnet8", f"--out={tmp_path / 'half_out.safetensors'}"]
+    assert convert.main([*command, *AS_DIGITS]) == 0
+    half, whole = weights.read(tmp_path / "half_out.safetensors")[0], weights.read(converted)[0]
+    close(half, jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16), np.float32), whole), 0)
+
+
+def test_a_certain_program_scores_like_its_weights(converted, tmp_path):
+    variables, card = weights.read(converted)
+    variables["params"]["classifier"]["kernel"] = variables["params"]["classifier"]["kernel"] * 30_000
+    weights.write(tmp_path / "sure.safetensors", variables, card)
+    assert export.main([str(tmp_path / "sure.safetensors"), f"--out={tmp_path}", "--platforms=cpu"]) == 0
+    ours, program = (evaluate.evaluate(str(tmp_path / f), data="digits") for f in ("sure.safetensors", "model.stablehlo"))
+    assert ours["nll"] > 90 and program["top1"] == ours["top1"]
+    # What a program cannot tell from 0 counts as the smallest number of float32, exp(-87.3).
+    assert 40 < program["nll"] < 87.4
+    assert evaluate.evaluate(str(tmp_path), data="digits") | {"target": "", "images_per_second": 0} == ours | {
+        "target": "", "images_per_second": 0
+    }  # fmt: skip
 
 
 def test_images_and_classes_that_a_model_does_not_know(source, tmp_path, capsys):
@@ -376,6 +454,8 @@ def test_scores_of_ties_certainty_and_few_classes():
     found = scores.summary(scores.per_image(sure, np.array([0, 1]), sure))
     assert found["divergence"] == 0 and found["calibration_error"] == pytest.approx(25)
     assert found["nll"] == pytest.approx(np.log(2) / 2)
+    none = scores.per_image(np.array([[np.nan] * 3, [0.0, np.nan, -1.0]]), np.array([0, 1]))
+    assert none["top1"].tolist() == [0, 0]
 
 
 def test_own_models_convert_under_their_own_names(tmp_path):

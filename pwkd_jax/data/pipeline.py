@@ -44,16 +44,22 @@ class Pipeline:
         self._orders = (*self._orders[-1:], (epoch, order))
         return order
 
+    def index(self, step: int, count: int = 1) -> np.ndarray:
+        """The positions in the split of this process's rows of global batches step ... step + count - 1: int32 [count, b]."""
+        starts = np.arange(int(step), int(step) + count) * self.batch_size
+        epochs, offsets = np.divmod(starts[:, None] + self.rows, len(self.split))
+        index = np.empty(epochs.shape, np.int32)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            index[here] = self._order(int(epoch))[offsets[here]]
+        return index
+
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """This process's rows of global batch `step` (from 0).
 
         {"image": uint8 [b, H, W, C], "label": int32 [b], "index": int32 [b], the positions in the split}.
         """
-        epochs, offsets = np.divmod(int(step) * self.batch_size + self.rows, len(self.split))
-        index = np.empty(len(self.rows), np.int32)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            index[here] = self._order(int(epoch))[offsets[here]]
+        index = self.index(step)[0]
         return {"image": self.split.images[index], "label": self.split.labels[index], "index": index}
 
 

@@ -1,16 +1,18 @@
-"""Where images come from: the digits bundled with scikit-learn, or any TFDS directory in array_record, read without
-TensorFlow and without the network. Everything is decoded once into RAM; there is no other cache."""
+"""Where images come from: the digits bundled with scikit-learn, a folder of images per class, or any TFDS directory in
+array_record, read without TensorFlow and without the network. Decoded once into RAM, or streamed (`stream`)."""
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 
+from pwkd_jax.data.records import Records
+from pwkd_jax.data.records import find as _find
 from pwkd_jax.errors import UserError
 
 # Records fetched by one call: reading them one at a time costs as much as decoding them (measured: 130 us each).
@@ -27,13 +29,35 @@ class Split:
     images: np.ndarray
     labels: np.ndarray
 
+    skipped = ()
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.images.shape[1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Streaming:
+    """How images of many sizes become squares of `image_size` pixels, see `images`; the keys of `data` of these names.
+
+    workers: processes that decode, below 0 one a core, 0 a thread of this one. unreadable: share of a training split.
+    """
+
+    image_size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    resize: int = 256
+    flip: bool = False
+    workers: int = -1
+    unreadable: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Two splits of equal image shape and the number of classes that their labels are drawn from."""
+    """Two splits, `Split` or `stream.Stream`, of equal image shape and the number of classes of their labels."""
 
     name: str
     train: Split
@@ -43,7 +67,7 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
-        return self.train.images.shape[1:]
+        return self.train.image_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +75,28 @@ class _Store:
     """What `load` needs of a place that holds images.
 
     shards: {split: number of records in each of its files}; num_classes: 0 where the store does not say;
-    read(ranges, num_classes) -> Split.
+    read(ranges, num_classes) -> Split; source(ranges) -> a `stream.Source` of the same images, still encoded;
+    many_sizes(): whether it is, or may be, of images of many sizes.
     """
 
     shards: Mapping[str, list[int]]
     num_classes: int
     read: Callable[[list[Range], int], Split]
+    source: Callable | None = None
+    many_sizes: Callable[[], bool] = lambda: False
 
 
-def load(name: str, data_dir: str = "", train_split: str = "train", test_split: str = "test", num_classes: int = 0) -> Dataset:
-    """The data set `name`, decoded into RAM.
+def load(
+    name: str, data_dir: str = "", train_split: str = "train", test_split: str = "test", num_classes: int = 0,
+    streaming: Streaming | None = None,
+) -> Dataset:  # fmt: skip
+    """The data set `name`, decoded into RAM; with `streaming` its splits are `stream.Stream`, of images of any size.
 
     `digits` is scikit-learn's copy of the UCI test set of handwritten digits: 1,797 gray 8x8 images in 10 classes,
     values 0..16 stretched to 0..255. It has no official split; here image i is a test image where i % 3 == 2 (599) and
     a training image otherwise (1,198). The same writers occur on both sides, so test accuracy is optimistic.
+
+    `folder` is data_dir/SPLIT/CLASS/IMAGE, see `folder.scan`; a slice of a split then holds its first classes alone.
 
     Any other name is a TFDS data set already prepared in array_record: `name[/config][:version]` below `data_dir`, a
     local or mounted folder ('' is TFDS's default, ~/tensorflow_datasets or $TFDS_DATA_DIR); the newest version where
@@ -79,24 +111,44 @@ def load(name: str, data_dir: str = "", train_split: str = "train", test_split: 
     # Both specifications are checked before anything is decoded.
     train_ranges = _ranges("data.train_split", train_split, name, store.shards)
     test_ranges = _ranges("data.test_split", test_split, name, store.shards)
-    train, test = store.read(train_ranges, classes), store.read(test_ranges, classes)
-    if train.images.shape[1:] != test.images.shape[1:]:
+    train, test = (_take(store, ranges, name, classes, streaming) for ranges in (train_ranges, test_ranges))
+    if train.image_shape != test.image_shape:
         raise UserError(
-            f"data.name: images of data set '{name}' are {_size(train.images.shape[1:])} in '{train_split}' but "
-            f"{_size(test.images.shape[1:])} in '{test_split}'; all must have one size"
+            f"data.name: images of data set '{name}' are {_size(train.image_shape)} in '{train_split}' but "
+            f"{_size(test.image_shape)} in '{test_split}'; all must have one size, or be streamed at a data.image_size"
         )
     return Dataset(name, train, test, classes)
 
 
-def load_split(name: str, data_dir: str, split: str, num_classes: int = 0) -> tuple[Split, int]:
+def load_split(
+    name: str, data_dir: str, split: str, num_classes: int = 0, streaming: Streaming | None = None
+) -> tuple[Split, int]:
     """(one split of the data set `name`, its number of classes); arguments and errors as `load` has them."""
     store, classes = _open(name, data_dir, num_classes)
-    return store.read(_ranges("--split", split, name, store.shards), classes), classes
+    return _take(store, _ranges("--split", split, name, store.shards), name, classes, streaming), classes
+
+
+def many_sizes(name: str, data_dir: str) -> bool:
+    """Whether the data set `name` is of images of many sizes (TFDS: does not promise one), which have to be streamed."""
+    return (_digits() if name == "digits" else _folder(data_dir) if name == "folder" else _tfds(name, data_dir)).many_sizes()
+
+
+def _take(store: _Store, ranges: list[Range], name: str, num_classes: int, streaming: Streaming | None) -> Split:
+    if streaming is None:
+        return store.read(ranges, num_classes)
+    from pwkd_jax.data.stream import Stream
+
+    if store.source is None:
+        raise UserError(f"data.image_size: {streaming.image_size} is not possible for '{name}', which lies in RAM; set 0")
+    source = store.source(ranges)
+    if missing := source.missing():
+        raise UserError(f"data.data_dir: file {missing[0]} is missing; prepare or copy the data set again")
+    return Stream(source, num_classes, streaming)
 
 
 def _open(name: str, data_dir: str, num_classes: int) -> tuple[_Store, int]:
     """(the store, its number of classes)."""
-    store = _digits() if name == "digits" else _tfds(name, data_dir)
+    store = _digits() if name == "digits" else _folder(data_dir) if name == "folder" else _tfds(name, data_dir)
     if num_classes and store.num_classes and num_classes != store.num_classes:
         raise UserError(
             f"data.num_classes: it says {num_classes}, but data set '{name}' has {store.num_classes} classes; "
@@ -165,6 +217,18 @@ def _digits() -> _Store:
     return _Store({s: [len(split)] for s, split in splits.items()}, 10, read)
 
 
+def _folder(data_dir: str) -> _Store:
+    from pwkd_jax.data import folder
+
+    found, classes = folder.scan(data_dir)
+
+    def read(ranges: list[Range], num_classes: int) -> Split:
+        return Split(*folder.decode_all(folder.part(found, ranges)))
+
+    return _Store({s: [len(f)] for s, f in found.items()}, len(classes), read, lambda ranges: folder.part(found, ranges),
+                  lambda: folder.many_sizes(found))  # fmt: skip
+
+
 def _tfds(name: str, data_dir: str) -> _Store:
     # tfds takes over half a second to import, and nothing but this path and split slices needs it.
     import tensorflow_datasets as tfds
@@ -199,55 +263,8 @@ def _tfds(name: str, data_dir: str) -> _Store:
     def read(ranges: list[Range], num_classes: int) -> Split:
         return _decode(builder, name, ranges, num_classes)
 
-    return _Store(shards, getattr(label, "num_classes", None) or 0, read)
-
-
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
-
-
-def _versions(home: Path) -> dict[tuple[int, ...], Path]:
-    """{(major, minor, patch): folder} of the prepared versions right below `home`."""
-    if not home.is_dir():
-        return {}
-    found = [d for d in home.iterdir() if _VERSION.fullmatch(d.name) and (d / "dataset_info.json").is_file()]
-    return {tuple(map(int, d.name.split("."))): d for d in found}
-
-
-def _find(name: str, data_dir: str, given: bool) -> Path:
-    """The folder of data set `name[/config][:version]`, laid out as TFDS does it: data_dir/name[/config]/version.
-
-    Looked up here because `tfds.builder` falls back to the data set's code, which asks the network, where files are
-    missing.
-    """
-    match = re.fullmatch(rf"(\w[\w-]*(?:/\w[\w.-]*)?)(?::({_VERSION.pattern}))?", name)
-    if not match:
-        raise UserError(f"data.name: '{name}' is not a data set's name; write name, name/config or name:1.0.0")
-    root = Path(data_dir).expanduser()
-    if not root.is_dir():
-        what = "directory" if given else "it is empty, and TFDS's default directory"
-        raise UserError(f"data.data_dir: {what} {root} does not exist; give the folder in which TFDS prepared '{match[1]}'")
-    home, version = root / match[1], match[2]
-    versions = _versions(home)
-    if version:
-        versions = {v: d for v, d in versions.items() if d.name == version}
-    if versions:
-        return versions[max(versions)]
-    if (root / "dataset_info.json").is_file():
-        raise UserError(
-            f"data.data_dir: {root} is one version of a data set; give the folder that holds '{match[1]}', "
-            "its parent's parent (with a TFDS config, one more)"
-        )
-    configs = sorted(d.name for d in home.iterdir() if d.is_dir() and _versions(d)) if home.is_dir() else []
-    if configs:
-        raise UserError(f"data.name: '{match[1]}' comes in configs, add one: {', '.join(f'{match[1]}/{c}' for c in configs)}")
-    if others := _versions(home):
-        have = ", ".join(d.name for _, d in sorted(others.items()))
-        raise UserError(f"data.name: {home} has no version {version}; it has {have}")
-    have = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-    raise UserError(
-        f"data.name: {root} holds no prepared data set '{match[1]}' (it holds {', '.join(have[:12]) or 'nothing'}); "
-        "nothing is downloaded here, so prepare it first (python -m pwkd_jax.prepare -h) or correct data.data_dir"
-    )
+    return _Store(shards, getattr(label, "num_classes", None) or 0, read, functools.partial(Records, builder.info.data_dir),
+                  lambda: None in image.shape)  # fmt: skip
 
 
 def _decode(builder, name: str, ranges: list[Range], num_classes: int) -> Split:
@@ -272,9 +289,11 @@ def _decode(builder, name: str, ranges: list[Range], num_classes: int) -> Split:
                 try:
                     example = features.deserialize_example_np(record)
                 except Exception as e:  # whatever the image library throws
+                    # OpenCV gives None for bytes that are no image, and tfds does not look.
+                    reason = "cannot identify image file" if isinstance(e, AttributeError) else _first_line(e)
                     raise UserError(
                         f"data.data_dir: record {number} of split '{split}' in {directory} cannot be decoded "
-                        f"({_first_line(e)}); prepare or copy the data set again"
+                        f"({reason}); prepare or copy the data set again"
                     ) from e
                 image, label = example["image"], int(example["label"])
                 if images is None:
@@ -282,7 +301,8 @@ def _decode(builder, name: str, ranges: list[Range], num_classes: int) -> Split:
                 if image.shape != images.shape[1:]:
                     raise UserError(
                         f"data.name: images of data set '{name}' differ in size: record {number} of split '{split}' is "
-                        f"{_size(image.shape)}, others are {_size(images.shape[1:])}; all must have one size"
+                        f"{_size(image.shape)}, others are {_size(images.shape[1:])}; all must have one size, or be "
+                        "streamed at a data.image_size"
                     )
                 if not 0 <= label < num_classes:
                     raise UserError(

@@ -4,7 +4,8 @@ A distiller is a Flax module called as `distiller(student, teacher, batch, progr
 
     student, teacher   `models.Outputs` of the same images; no gradient flows into the teacher's
     batch              {"image" [B, H, W, C] float, "label" [B] int, "index" [B] int: the sample's place in the training
-                       set, "dataset_label" [N] int: the labels of that whole set}
+                       set, "dataset_label" [N] int: the labels of that whole set, where the images lie in RAM or the
+                       distiller has a true property `dataset_labels`}
     progress           `Progress`: the stage, and the steps and epochs seen in it; a warm-up counts from there
     loss               scalar, a mean over the batch; metrics: {name: scalar or [B]}, logged beside it
 
@@ -139,6 +140,10 @@ class Sum(nn.Module):
     @property
     def initial_each_stage(self) -> bool:
         return any(getattr(part, "initial_each_stage", False) for part in self.parts)
+
+    @property
+    def dataset_labels(self) -> bool:
+        return any(getattr(part, "dataset_labels", False) for part in self.parts)
 
     def __call__(self, *inputs):
         results = [(getattr(part, "weight", 1.0), *part(*inputs)) for part in self.parts]

@@ -88,6 +88,10 @@ class CRD(nn.Module):
     momentum: float = 0.5
     on_new_stage: str = "reset"
 
+    @property
+    def dataset_labels(self) -> bool:
+        return True
+
     def __post_init__(self):
         above_zero(features=self.features, negatives=self.negatives, temperature=self.temperature)
         if not 0 <= self.momentum < 1:

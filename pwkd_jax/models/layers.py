@@ -7,7 +7,8 @@ import jax
 
 # Normal with variance 2 / (k * k * channels out), He et al. 2015; for grouped kernels too, as PyTorch counts them.
 Conv = partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
-# Flax's momentum is the fraction kept: PyTorch's 0.1 is 0.9 here.
+# Flax's momentum is the fraction kept: PyTorch's 0.1 is 0.9 here. Of a batch's variance Flax keeps the biased estimate where
+# PyTorch keeps the unbiased one: for n values a channel, statistics trained here are smaller by (n - 1) / n.
 BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 
 # What PyTorch gives a layer that nobody initialises: uniform within 1 / sqrt(fan in), kernel and bias alike.

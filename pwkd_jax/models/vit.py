@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pwkd_jax.models import Outputs, channels
-from pwkd_jax.models.layers import classify
+from pwkd_jax.models.layers import classify, uniform, uniform_bias
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # channels of the stream, heads
 KNOWN = tuple(f"vit_{size}_patch16" for size in SIZES)
@@ -76,10 +76,11 @@ class ViT(nn.Module):
         heads = channels(self.heads, self.width, 1)
         hidden = channels(4 * self.features, self.width, self.divisor)
         size = (self.patch, self.patch)
-        x = stem = nn.Conv(self.features, size, strides=size, padding="VALID", name="patch_conv")(x)
+        starts = {"kernel_init": uniform, "bias_init": uniform_bias(self.patch**2 * x.shape[-1])}
+        x = stem = nn.Conv(self.features, size, strides=size, padding="VALID", name="patch_conv", **starts)(x)
         batch, height, width, features = x.shape
         x = x.reshape(batch, height * width, features)
-        token = self.param("class_token", normal, (1, 1, features))
+        token = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, features))
         x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, features)), x], axis=1)
         x = x + self.param("position", normal, (1, height * width + 1, features))
         stages = []

@@ -55,6 +55,18 @@ def comparison(named: dict[str, dict], differing: Sequence[Sequence[str]]) -> st
     return _render(f"Comparison of {words.plural(len(named), 'experiment')}", lead, sections, warned)
 
 
+def sweep(name: str, named: dict[str, dict], header: Sequence[str], rows: Sequence[Sequence[str]], missing: str) -> str:
+    """The page of a sweep: its table, and the gains of its experiments. missing: a sentence on unfinished points, or ''."""
+    table = {"caption": "Top-1 in percent at the last epoch, mean ± sample standard deviation over seeds; gains in points."}
+    table |= {"header": header, "rows": rows, "text": 1}
+    gains = _figure(plots.gains(named), "What partial to whole gained: pwkd minus its better control in points.")
+    warned = [f"{own}: {line}" for own, summary in named.items() for line in summary["warnings"]]
+    said = [f"{own}: {words.headline(summary)}" for own, summary in named.items()]
+    sections = [_section("Results", gains, [table]), _section("In words", text=said)]
+    lead = [f"A sweep of {words.plural(len(named), 'experiment')}."]
+    return _render(f"Sweep {name}", lead, sections, [*([missing] if missing else []), *warned])
+
+
 def _render(title: str, lead: Sequence[str], sections: Sequence[dict], warnings: Sequence[str]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(

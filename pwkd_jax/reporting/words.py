@@ -32,6 +32,12 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few of `names`, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def stat(values: Sequence[float]) -> dict:
     """{"mean", "std", "n"} of one value or more: the sample standard deviation (ddof = 1), None of one value."""
     std = statistics.stdev(values) if len(values) > 1 else None

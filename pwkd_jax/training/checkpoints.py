@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from pwkd_jax.errors import UserError
+from pwkd_jax.training import distributed
 
 
 class Checkpoints:
@@ -23,17 +24,19 @@ class Checkpoints:
             ),
             cleanup_tmp_directories=True,  # a save that a kill tore is a temporary directory, never a step
         )
+        self.steps = distributed.decide(lambda: sorted(c.step for c in self._manager.checkpoints))
 
-    @property
-    def steps(self) -> list[int]:
-        return sorted(c.step for c in self._manager.checkpoints)
-
-    def save(self, step: int, state) -> None:
-        """Start saving in the background; waits only for a save still under way."""
+    def save(self, step: int, state, note: dict | None = None) -> None:
+        """Start saving in the background; waits only for a save still under way. note: JSON to keep beside the state."""
         if step in self.steps:
             return
         # Orbax has copied the arrays when this returns, so the next step may overwrite them.
-        self._manager.save_checkpointables_async(step, {"state": state}, force=True)
+        self._manager.save_checkpointables_async(step, {"state": state}, force=True, custom_metadata=note)
+        self.steps.append(step)
+
+    def note(self, step: int) -> dict | None:
+        """What was noted at that step, the same on every process."""
+        return distributed.decide(lambda: self._manager.checkpointables_metadata(step).custom_metadata or None)
 
     def restore(self, like, step: int | None = None):
         """The state saved at `step` (default: the latest), shaped and placed as `like`; None if there is none.

@@ -6,23 +6,37 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from pwkd_jax.errors import UserError
+from pwkd_jax.training import distributed, preemption
 from pwkd_jax.training.checkpoints import Checkpoints
 from pwkd_jax.training.metrics import Running
 from pwkd_jax.training.state import State
 from pwkd_jax.training.writers import Progress, Writer
 
 
-def fit(state: State, step: Callable, pipeline: Callable, until: int, hooks: Sequence[Callable] = ()) -> State:
+def fit(
+    state: State,
+    step: Callable,
+    pipeline: Callable,
+    until: int,
+    hooks: Sequence[Callable] = (),
+    due: Callable[[int], bool] = lambda at: True,
+) -> State:
     """Train to global step `until`: state, metrics = step(state, pipeline(n)), then every hook(n + 1, state, metrics).
 
     Hooks run in the order given, before the next batch is taken: log and evaluate first, save last, so that a
-    checkpoint never stands without the metrics that led to it.
+    checkpoint never stands without the metrics that led to it. A pipeline with `most` gives up to so many batches at
+    once, pipeline(n, count), to one call of `step`; hooks run after such a chunk, and one ends at every step that is due.
     """
-    at = int(state.step)
+    at, most = int(state.step), getattr(pipeline, "most", 1)
     while at < until:
-        state, metrics = step(state, pipeline(at))
-        at += 1
+        count = 1
+        while count < most and at + count < until and not due(at + count):
+            count += 1
+        state, metrics = step(state, pipeline(at) if count == 1 else pipeline(at, count))
+        at += count
         for hook in hooks:
             hook(at, state, metrics)
     return state
@@ -63,7 +77,8 @@ def run(
 
     Evaluates and saves at the end of every segment besides the cadence. images: in one epoch. texts: written once.
     Returns the final state and the rows of metrics.jsonl: {"step", "epoch", "seconds", "train_loss", ...,
-    "images_per_second"}, and what `evaluate` returned where it ran. Raises UserError when the loss is not finite.
+    "images_per_second"}, and what `evaluate` returned where it ran. Raises UserError when the loss is not finite, and
+    Preempted once it has saved what a resumed run needs to write the same rows as an unbroken one.
     """
     ends = [s.end for s in segments]
     checkpoints = Checkpoints(directory / "checkpoints", keep=[*keep, ends[-1]])
@@ -71,18 +86,33 @@ def run(
     restored = checkpoints.restore(state)
     state = state if restored is None else restored
     begin = int(state.step)
-    writer = Writer(directory, begin, cadence.tensorboard)
+    note = checkpoints.note(begin) if restored is not None else None
+    # The row of the restored step is still to be written where its evaluation was interrupted.
+    owed = bool(note and note["due"])
+    writer = Writer(directory, begin - owed, cadence.tensorboard)
     if not begin:
         writer.write_texts(0, texts)
     progress = Progress(label, ends[-1], begin)
     running, clock = Running(), _Clock(begin)
+    if note:
+        running.load(note["window"])
+        clock.load(begin, note["clock"])
+
+    def unwritten(at: int, due: bool) -> dict | None:
+        window = running.dump()
+        return window and {"due": due, "window": window, "clock": clock.dump(at)}
+
+    def due(at: int) -> bool:
+        # A row at every checkpoint too: the next window then starts there, resumed or not.
+        return at in ends or any(at % every == 0 for every in (cadence.log, cadence.evaluate, cadence.save))
 
     def record(at: int, state: State, metrics) -> None:
-        running.add(metrics)
+        if metrics is not None:
+            running.add(metrics)
         evaluating = at % cadence.evaluate == 0 or at in ends
-        # A row at every checkpoint too: the next window then starts there, resumed or not.
-        if not (evaluating or at % cadence.log == 0 or at % cadence.save == 0):
+        if not due(at):
             return progress.update(at)
+        held = unwritten(at, True) if evaluating else None
         means = running.flush()
         if not math.isfinite(means["train_loss"]):
             raise UserError(
@@ -90,7 +120,11 @@ def run(
             )
         row = {"epoch": at * batch_size / images, **means, "images_per_second": clock.rate(at, batch_size)}
         if evaluating:
-            row |= evaluate(state)
+            try:
+                row |= evaluate(state)
+            except preemption.Preempted:
+                checkpoints.save(at, state, held)
+                raise
         row["seconds"] = clock.lap(at)
         writer.write_scalars(at, row)
         note = f"loss {means['train_loss']:.3f}"
@@ -101,14 +135,24 @@ def run(
             writer.flush()
             checkpoints.save(at, state)
 
+    def stop(at: int, state: State, metrics) -> None:
+        if preemption.reached():
+            checkpoints.save(at, state, unwritten(at, False))
+            raise preemption.Preempted
+
     try:
+        if owed:
+            record(begin, state, None)
         start = 0
         for segment in segments:
             if begin < segment.end:
                 if int(state.step) == start:
                     state = segment.enter(state)
-                state = fit(state, segment.step, pipeline, segment.end, (record, save))
+                state = fit(state, segment.step, pipeline, segment.end, (record, save, stop), due)
             start = segment.end
+    except jax.errors.JaxRuntimeError as e:
+        distributed.leave(e)  # rather than wait for a save in which a dead process has a part
+        raise
     finally:
         writer.flush()
         writer.close()
@@ -124,6 +168,14 @@ class _Clock:
 
     def __init__(self, step: int):
         self._step, self._lap, self._since = step, time.monotonic(), time.monotonic()
+
+    def dump(self, step: int) -> list[float]:
+        now = time.monotonic()
+        return [step - self._step, now - self._lap, now - self._since]
+
+    def load(self, step: int, dumped: list[float]) -> None:
+        now = time.monotonic()
+        self._step, self._lap, self._since = step - dumped[0], now - dumped[1], now - dumped[2]
 
     def rate(self, step: int, batch_size: int) -> float:
         now = time.monotonic()

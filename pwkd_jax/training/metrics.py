@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu import metrics as clu_metrics
 
 
@@ -22,17 +23,38 @@ def collect(values: dict[str, jax.Array], mask: jax.Array | None = None) -> clu_
     return _collection(tuple(values)).single_from_model_output(**values, mask=mask)
 
 
-_merge = jax.jit(lambda a, b: a.merge(b))
+@jax.jit
+def _merge(total, metrics):
+    """`total` and the steps of `metrics` one after another, so that the sums do not tell which steps came together."""
+    steps = jax.tree.map(jnp.ravel, metrics)
+    total = jax.tree.map(lambda x: jnp.zeros((), x.dtype), steps) if total is None else total
+    return jax.lax.scan(lambda total, one: (total.merge(one), None), total, steps)[0]
 
 
 class Running:
-    """Merges collections on the device, one dispatch each, and reads the means once, in `flush`."""
+    """Merges collections on the device, one dispatch each, and reads the means once, in `flush`.
+
+    A collection is that of one step, or of several along a leading axis.
+    """
 
     def __init__(self):
         self._total = None
 
     def add(self, metrics: clu_metrics.Collection) -> None:
-        self._total = metrics if self._total is None else _merge(self._total, metrics)
+        self._total = _merge(self._total, metrics)
+
+    def dump(self) -> dict | None:
+        """The sums so far as JSON holds them exactly, or None if there are none."""
+        if self._total is None:
+            return None
+        names = [field.name for field in dataclasses.fields(self._total) if not field.name.startswith("_")]
+        arrays = [np.asarray(x) for x in jax.tree.leaves(self._total)]
+        return {"names": names, "sums": [[a.dtype.name, a.tolist()] for a in arrays]}
+
+    def load(self, dumped: dict) -> None:
+        """Go on from what `dump` gave."""
+        like = jax.tree.structure(_collection(tuple(dumped["names"])).empty())
+        self._total = jax.tree.unflatten(like, [np.asarray(x, dtype) for dtype, x in dumped["sums"]])
 
     def flush(self) -> dict[str, float]:
         if self._total is None:

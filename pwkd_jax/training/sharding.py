@@ -1,7 +1,12 @@
-"""Where arrays live: one mesh over all devices, the batch split along `data`, everything else replicated.
+"""Where arrays live: one mesh of `data` x `model`, the batch split along `data`, parameters as the config says.
 
-Batch norm and losses are computed under `jax.jit` on the global batch, so they do not depend on the device count.
+Everything is computed under `jax.jit` on global arrays, so batch norm and losses see the global batch and no result depends on
+the mesh; where arrays lie decides memory and speed alone. Mesh axes are Auto: XLA's partitioner chooses the collectives.
 """
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,27 +15,101 @@ from jax.sharding import PartitionSpec as P
 
 from pwkd_jax.errors import UserError
 
+HOW = ("replicated", "fsdp")
 
-def make_mesh() -> Mesh:
+# Elements below which an array is replicated: 64 KiB of float32, less than what gathering it costs in latency.
+SMALL = 2**14
+
+
+def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices as data x model, `model` neighbours sharing one copy of a network. Raises UserError.
+
+    devices: others than those here, such as a described pod's, to compile for.
+    """
+    count = len(devices) if devices else jax.device_count()
+    own = sum(d.process_index == devices[0].process_index for d in devices) if devices else jax.local_device_count()
+    if own % model:
+        # A model spread over processes would have them read the same rows, but each reads its own.
+        of = f"the {own} devices" if count == own else f"the {own} devices of each process"
+        raise UserError(f"mesh.model: {model} does not divide {of}; 1 is pure data parallelism")
     # Said out loud: without axis_types, make_mesh would give Explicit axes.
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return jax.make_mesh((count // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def check_batch(mesh: Mesh, batch_size: int, key: str) -> None:
-    if batch_size % mesh.size:
-        raise UserError(f"{key}: a global batch of {batch_size} does not divide over {mesh.size} devices")
+    if batch_size % mesh.shape["data"]:
+        raise UserError(f"{key}: a global batch of {batch_size} does not divide over {mesh.shape['data']} devices")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a global batch, as global arrays sharded along their first axis."""
-    sharding = NamedSharding(mesh, P("data"))
+def shardings(mesh: Mesh, tree: Any, how: str = "replicated") -> Any:
+    """The NamedSharding of every array of `tree`, arrays or ShapeDtypeStructs; by shape alone, so momenta follow parameters.
+
+    Arrays below SMALL elements are replicated. Of the others, the last axis (output channels) is split over the mesh's
+    `model` axis where that divides it; `fsdp` (fully sharded data parallel, ZeRO stage 3) splits the largest other axis that
+    `data` divides too, or, without one, the last axis over both.
+    """
+    sizes = dict(mesh.shape)
+    data, model = sizes["data"], sizes.get("model", 1)
+
+    def one(x) -> NamedSharding:
+        shape = np.shape(x)
+        if math.prod(shape) < SMALL:
+            return replicated(mesh)
+        spec: list = [None] * len(shape)
+        if model > 1 and shape[-1] % model == 0:
+            spec[-1] = "model"
+        if how == "fsdp" and data > 1:
+            free = [a for a in range(len(shape)) if spec[a] is None and shape[a] % data == 0]
+            if free:
+                spec[max(free, key=lambda a: shape[a])] = "data"
+            elif spec[-1] == "model" and shape[-1] % (data * model) == 0:
+                spec[-1] = ("data", "model")
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree.map(one, tree)
+
+
+def creator(mesh: Mesh, make: Callable, how: str, *like) -> Callable:
+    """make(*args) -> tree, computed where its arrays will live: with fsdp no device ever holds all of it.
+
+    like: arguments of the same shapes, not kept. `.layout` of the result is the shardings of what it makes, `.like` its
+    ShapeDtypeStructs.
+    """
+    made = jax.eval_shape(make, *like)
+    layout = shardings(mesh, made, how)
+    compiled = jax.jit(make, out_shardings=layout)
+
+    def create(*args):
+        return compiled(*place(mesh, args, how))
+
+    create.layout, create.like = layout, abstract(made, layout)
+    return create
+
+
+def abstract(tree: Any, layout: Any) -> Any:
+    """ShapeDtypeStructs of `tree`, arrays or abstract, that lie as `layout` (a tree of shardings) has it."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
+
+
+def place(mesh: Mesh, tree: Any, how: str = "replicated") -> Any:
+    """`tree` moved to where `shardings` has it."""
+    return jax.device_put(tree, shardings(mesh, tree, how))
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], axis: int = 0) -> dict[str, jax.Array]:
+    """This process's rows of a global batch, as global arrays sharded along the axis of the rows."""
+    sharding = NamedSharding(mesh, P(*[None] * axis, "data"))
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def jit_step(mesh: Mesh, step):
-    """`step(state, batch, **frozen)` compiled: state donated and replicated; batch sharded as it comes."""
-    return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
+def jit_step(mesh: Mesh, step, layout: Any = None):
+    """`step(state, batch, **frozen) -> (state, metrics)` compiled: the state donated and left in `layout`.
+
+    layout: the state's shardings, replicated by default. What goes in is sharded as it comes; metrics are replicated.
+    """
+    whole = replicated(mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=whole if layout is None else (layout, whole))

@@ -47,26 +47,27 @@ def make_step(
     schedule,
     preprocess,
     *,
+    images: int,
     same_crop: bool = True,
 ) -> Callable:
     """step(state, batch, teacher) -> (state, metrics) for the stages that `widths` teach; no widths is no teacher.
 
     teacher: {width: frozen variables of the narrow model}, read in evaluation mode and never written. Several widths:
     one is drawn at each step. One program serves every stage with the same widths: what differs between them (learning
-    rate, steps seen in the stage) comes from the state's step.
+    rate, steps seen in the stage) comes from the state's step. images: in one epoch.
     """
     locate = place(plan)
 
     def step(state: State, batch: dict, teacher: dict[float, dict]):
-        images = preprocess(rng(state, 0), batch["image"])
-        teacher_images = images if same_crop else preprocess(rng(state, 2), batch["image"])
-        batch = batch | {"image": images}
+        inputs = preprocess(rng(state, 0), batch["image"])
+        teacher_images = inputs if same_crop else preprocess(rng(state, 2), batch["image"])
+        batch = batch | {"image": inputs}
         stage, seen = locate(state.step)
-        progress = Progress(stage, seen, seen * (len(batch["label"]) / len(batch["dataset_label"])))
+        progress = Progress(stage, seen, seen * (len(batch["label"]) / images))
 
         def loss_fn(params, width: float | None):
             variables = {"params": params["student"], "batch_stats": state.collections["batch_stats"]}
-            out, stats = models.apply(model, variables, images, train=True)
+            out, stats = models.apply(model, variables, inputs, train=True)
             top1 = metrics.top1(out.logits, batch["label"])
             if width is None:
                 loss = jnp.mean(slimmable.cross_entropy(out.logits, batch["label"]))

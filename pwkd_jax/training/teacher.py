@@ -44,13 +44,14 @@ def make_calibration(net: Slimmable, split: data.Split, preprocess, mesh, *, ima
     True cumulative mean over at least `images` training images in batches of `batch_size` through the training
     transform, always the same ones for a seed; nothing of the old statistics remains.
     """
-    pipeline = data.Pipeline(split, batch_size, seed, jax.process_index(), jax.process_count())
+    count = slimmable.calibration_batches(images, batch_size)
+    pipeline = data.batches(split, batch_size, seed, jax.process_index(), jax.process_count(), cycle=count)
 
     def one(member, variables, step, batch):
         key = jax.random.fold_in(jax.random.key(seed), step)
         return slimmable.batch_statistics(member, variables, preprocess(key, batch["image"]))
 
-    compiled = jax.jit(one, static_argnums=0)
+    compiled = jax.jit(one, static_argnums=0, out_shardings=sharding.replicated(mesh))
 
     def calibrate(frozen: dict[float, dict]) -> dict[float, dict]:
         result = {}
@@ -59,7 +60,7 @@ def make_calibration(net: Slimmable, split: data.Split, preprocess, mesh, *, ima
                 lambda i, w=width, v=variables: compiled(
                     net.members[w], v, np.int32(i), sharding.put_batch(mesh, pipeline(i))
                 ),
-                slimmable.calibration_batches(images, batch_size),
+                count,
             )
             result[width] = {"params": variables["params"], "batch_stats": stats}
         return result

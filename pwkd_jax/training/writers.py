@@ -11,19 +11,25 @@ import tqdm
 from tensorboardX import SummaryWriter
 
 from pwkd_jax.files import replace
+from pwkd_jax.training import distributed
 
 
 class Writer:
     """clu's MetricWriter methods over `metrics.jsonl` and tensorboardX (clu's own writers need TensorFlow).
 
     One JSON object a line: {"step": n, name: number, ...}. Opened at step n of a resumed run, it first drops what a
-    killed run had written after n, so a resumed file reads like an unbroken one.
+    killed run had written after n, so a resumed file reads like an unbroken one. Of several processes the first one
+    writes; the others hold the same rows.
     """
 
     def __init__(self, directory: Path, start: int = 0, tensorboard: bool = True):
-        directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
-        self.rows = [row for row in read_rows(self._path) if row["step"] <= start]
+        rows = distributed.decide(lambda: read_rows(self._path))
+        self.rows = [row for row in rows if row["step"] <= start]
+        self._file = self._events = None
+        if not distributed.primary():
+            return
+        directory.mkdir(parents=True, exist_ok=True)
         replace(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = self._path.open("a")
         self._events = SummaryWriter(str(directory), purge_step=start + 1, flush_secs=30) if tensorboard else None
@@ -31,7 +37,8 @@ class Writer:
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         row = {"step": step, **scalars}
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
+        if self._file:
+            self._file.write(json.dumps(row) + "\n")
         if self._events:
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, step)
@@ -45,11 +52,13 @@ class Writer:
         self.write_texts(0, {"config": "\n".join(f"    {k}: {v}" for k, v in hparams.items())})
 
     def flush(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._events:
             self._events.close()
 
@@ -72,7 +81,7 @@ class Progress:
         self._name, self._total, self._seconds = name, total, seconds
         self._began = self._told = time.monotonic()
         self._start, self._timed, self._note = start, False, ""
-        bar = sys.stderr.isatty()
+        bar = sys.stderr.isatty() and distributed.primary()
         self._bar = tqdm.tqdm(total=total, initial=start, desc=name, unit="step", leave=False) if bar else None
 
     def update(self, step: int, note: str = "") -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -64,6 +65,8 @@ def read(path: Path, model: str = "") -> tuple[dict, dict]:
     model: the `module:Name` that it may import, where it holds a model of someone's own. Raises UserError for a file that is
     missing, torn, of another program, or that does not hold what its card says.
     """
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: is no .safetensors file; make one of PyTorch weights with python -m pwkd_jax.convert")
     arrays, metadata = tensors(path)
     try:
         found = json.loads(metadata["card"])
@@ -76,6 +79,8 @@ def read(path: Path, model: str = "") -> tuple[dict, dict]:
             # A file may come from anywhere; it must not choose what is imported here.
             raise UserError(f"{path}: holds '{found['model']}', a model that is not built in; name it to allow its import")
         abstract = models.abstract(build(found), tuple(found["image_shape"]))
+        if not len(found["mean"]) == len(found["std"]) == found["image_shape"][2] or "source" not in found:
+            raise ValueError
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
             f"{path}: has no card of this project; python -m pwkd_jax.convert makes a file with one from other weights"
@@ -87,14 +92,19 @@ def read(path: Path, model: str = "") -> tuple[dict, dict]:
 
 def tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(arrays, metadata) of any safetensors file. Raises UserError for one that is missing or torn."""
+    refuse_missing(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
     except (safetensors.SafetensorError, OSError, TypeError, AttributeError) as e:
         reason = re.sub(r"^Error while deserializing header: |^Error while deserializing: ", "", str(e))
         raise UserError(f"{path}: is not a whole safetensors file ({reason})") from e
+
+
+def refuse_missing(path: Path) -> None:
+    """UserError unless `path` is a file."""
+    if not path.is_file():
+        raise UserError(f"{path}: {'is a directory' if path.is_dir() else 'there is no such file'}")
 
 
 def mismatches(variables: dict, like: dict) -> list[str]:
@@ -105,9 +115,16 @@ def mismatches(variables: dict, like: dict) -> list[str]:
     for key in sorted(a.keys() & b.keys()):
         if a[key].shape != b[key].shape:
             phrases.append(f"{key} is {list(a[key].shape)}, not {list(b[key].shape)}")
-        elif not np.issubdtype(a[key].dtype, np.floating):
-            phrases.append(f"{key} is {a[key].dtype}, not a floating-point array")
+        elif bad := unusable(a[key]):
+            phrases.append(f"{key} {bad}")
     return phrases
+
+
+def unusable(array: np.ndarray) -> str:
+    """What keeps an array from being a weight, as a phrase; '' for none."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return f"is {array.dtype}, not a floating-point array"
+    return "" if np.isfinite(array.astype(np.float32)).all() else "holds values that are not finite"
 
 
 def refuse_misfits(where: str, model: str, phrases: Iterable[str]) -> None:

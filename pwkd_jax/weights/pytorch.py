@@ -22,7 +22,8 @@ LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runnin
 JOINT = ("query", "key", "value")
 # Where training scripts keep the network's own tensors, and what wrappers put before its names.
 NESTS = ("model", "state_dict", "model_state_dict", "net", "network", "student", "teacher")
-PREFIXES = ("", "module.", "model.", "student.", "module.student.", "backbone.")
+PREFIXES = ("", "module.", "model.", "student.", "module.student.", "backbone.", "_orig_mod.", "module._orig_mod.")
+SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -31,10 +32,12 @@ def read(path: Path) -> dict[str, np.ndarray]:
     Of a checkpoint, only tensors and plain containers are read; a pickle that asks for anything else is refused before it
     is run. Raises UserError for that, for a torn or missing file, and where PyTorch is needed but not installed.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
+    weights.refuse_missing(path)
     if path.suffix == ".safetensors":
-        return weights.tensors(path)[0]
+        arrays, metadata = weights.tensors(path)
+        if metadata.get("format") == "pwkd_jax":
+            raise UserError(f"{path}: is a file of this project already, and needs no conversion")
+        return arrays
     try:
         import torch
     except ImportError:
@@ -42,35 +45,51 @@ def read(path: Path) -> dict[str, np.ndarray]:
             f"{path}: reading PyTorch checkpoints needs PyTorch (pip install torch); .safetensors files do not"
         ) from None
     import pickle
+    import warnings
 
+    # Accuracies that training scripts keep beside the weights are often numpy's numbers, which hold nothing but a number.
+    scalar, numbers = np.float64(0).__reduce__()[0], (np.float32, np.float64, np.int64)
+    harmless = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *(type(np.dtype(n)) for n in numbers)]
     try:
         # weights_only: an unpickler that knows tensors and containers, and refuses every other name.
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(harmless):
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         reason = str(e)
         if "Unsupported" in reason or "GLOBAL" in reason:
-            raise UserError(f"{path}: holds Python objects besides tensors, which could run code; it was not loaded") from e
+            raise UserError(
+                f"{path}: holds Python objects besides tensors, which could run code; it was not loaded; where you trust it, "
+                "keep the tensors alone with PyTorch: torch.save(model.state_dict(), 'weights.pth')"
+            ) from e
         raise UserError(f"{path}: is not a whole PyTorch checkpoint") from e
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError) as e:
-        raise UserError(f"{path}: is not a whole PyTorch checkpoint ({str(e).splitlines()[0] if str(e) else 'empty'})") from e
+        raise UserError(f"{path}: is not a whole PyTorch checkpoint") from e
     found = _state_dict(content, torch.Tensor)
     if found is None:
         raise UserError(f"{path}: holds no state dict, neither by itself nor under {', '.join(NESTS)}")
-    return {name: tensor.detach().to(torch.float32).numpy() for name, tensor in found.items() if tensor.is_floating_point()}
+    try:
+        found = {name: tensor.detach() for name, tensor in found.items()}
+        # NumPy has no bfloat16.
+        return {name: (t.to(torch.float32) if t.is_floating_point() else t).numpy() for name, t in found.items()}
+    except (TypeError, RuntimeError, NotImplementedError) as e:
+        raise UserError(f"{path}: holds tensors that are not plain arrays, such as sparse or quantised ones") from e
 
 
 def _state_dict(content, kind: type) -> dict | None:
     if not isinstance(content, dict):
         return None
-    if content and all(isinstance(value, kind) for value in content.values()):
-        return content
+    # Some scripts put an epoch among the tensors; of names with a dot, all have to be tensors.
+    tensors = {key: value for key, value in content.items() if isinstance(value, kind)}
+    if any("." in str(key) for key in tensors) and all(key in tensors for key in content if "." in str(key)):
+        return tensors
     return next((found for key in NESTS if (found := _state_dict(content.get(key), kind)) is not None), None)
 
 
 def classes(model: nn.Module, found: dict[str, np.ndarray]) -> int | None:
     """The number of classes that a file's classifier has, or None where it has none of the model's names."""
     names = [f"{prefix}{name}.bias" for prefix in PREFIXES for name in _names(model, "classifier")]
-    return next((len(found[name]) for name in names if name in found), None)
+    return next((found[name].shape[0] for name in names if name in found and found[name].ndim), None)
 
 
 def to_flax(
@@ -105,6 +124,8 @@ def to_flax(
         array, shape = found[key], _torch_shape(path, like[path].shape)
         if array.shape != shape:
             phrases.append(f"{key} is {list(array.shape)}, not {list(shape)}")
+        elif bad := weights.unusable(array):
+            phrases.append(f"{key} {bad}")
         else:
             result[path] = _from_torch(path, array, like[path].shape)
     phrases += [f"{key} is not wanted" for key in sorted(found.keys() - used)]

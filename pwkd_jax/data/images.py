@@ -1,0 +1,153 @@
+"""One image of any size, from its encoded bytes to the square of pixels that a network takes, on the host.
+
+Decoding is OpenCV's, which gives the pixels of Pillow bit for bit at twice its speed; what OpenCV cannot read, and JPEGs
+of four colours, go to Pillow itself. As with Pillow and TensorFlow the orientation in a camera's metadata is ignored.
+"""
+
+import io
+import math
+
+import numpy as np
+import PIL.Image
+
+from pwkd_jax.errors import UserError
+
+RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
+NUMBERS = 41  # random numbers of one training image: four for each of ten tries, and one for the flip
+
+
+class Unreadable(Exception):
+    """Bytes that are no whole image; its text is the reason, as part of a sentence."""
+
+
+def opencv():
+    """OpenCV without threads of its own: processes share the cores, and its pool would make each of them slower."""
+    try:
+        import cv2
+    except ImportError as e:
+        raise UserError(f"data.image_size: streaming needs opencv-python-headless, which cannot be imported ({e})") from e
+    if cv2.getNumThreads() > 1:
+        cv2.setNumThreads(0)
+    return cv2
+
+
+def jpeg_header(encoded: bytes) -> tuple[int, int, int] | None:
+    """(height, width, colours) of a JPEG, from its frame header; None for anything else."""
+    if encoded[:2] != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 9 < len(encoded) and encoded[at] == 0xFF:
+        marker = encoded[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame headers, SOF0 to SOF15
+            height, width = (int.from_bytes(encoded[i : i + 2], "big") for i in (at + 5, at + 7))
+            return height, width, encoded[at + 9]
+        # Any number of bytes 0xFF may fill the room before a marker; the markers without a length come later.
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    return None
+
+
+def decode(encoded: bytes, reduce: int = 1) -> np.ndarray:
+    """RGB uint8 [H, W, 3] of any format that OpenCV or Pillow knows by its content.
+
+    reduce: 1, 2, 4 or 8, a JPEG only: decoded at so small a part of its size, [ceil(H / reduce), ceil(W / reduce), 3], by
+    smaller inverse transforms; what that costs falls nearly as its pixels do. Raises Unreadable.
+    """
+    cv2 = opencv()
+    header = jpeg_header(encoded)
+    if encoded and (header is None or header[2] != 4):
+        # OpenCV's names of the reduced modes contain the bit of BGR, which excludes that of RGB.
+        scale = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+                 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}[reduce]  # fmt: skip
+        try:
+            flags = scale | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+            image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+        except cv2.error:
+            image = None
+        if image is not None:
+            return image
+    try:
+        with PIL.Image.open(io.BytesIO(encoded)) as image:
+            if reduce > 1:
+                image.draft("RGB", (image.width // reduce, image.height // reduce))
+            return np.asarray(image.convert("RGB"))
+    except Exception as e:  # Pillow's readers raise of everything
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0].partition(" <_io")[0]
+        raise Unreadable(reason if encoded else "no bytes") from None
+
+
+def random_crop(numbers: np.ndarray, height: int, width: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of Inception's random crop, as torchvision's RandomResizedCrop draws it.
+
+    numbers: at least 40, uniform in [0, 1). Its area is uniform in `scale` times the image's, the logarithm of its ratio
+    of width to height uniform between those of RATIO, its place uniform. A draw that does not fit is repeated up to ten
+    times; after that it is the largest central crop of a ratio in RATIO.
+    """
+    for area, ratio, down, right in numbers[:40].reshape(10, 4):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+        low, high = math.log(RATIO[0]), math.log(RATIO[1])
+        ratio = math.exp(low + (high - low) * ratio)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
+    h, w = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _reduction(height: int, width: int, size: int) -> int:
+    """The smallest part at which height and width are still at least `size`."""
+    return next((s for s in (8, 4, 2) if min(height, width) // s >= size), 1)
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`image` at another size: the mean of the pixels covered where it shrinks, bilinear where it grows.
+
+    INTER_AREA weighs every pixel that it drops, as Pillow's and torchvision's resampling does; plain INTER_LINEAR reads
+    four neighbours whatever the factor, so that a shrunken photograph is full of aliases. To enlarge, both would be the
+    same idea but INTER_AREA repeats pixels.
+    """
+    cv2 = opencv()
+    if image.shape[:2] == (height, width):
+        return image
+    shrinks = height <= image.shape[0] and width <= image.shape[1]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def train_image(encoded: bytes, numbers: np.ndarray, size: int, scale: tuple[float, float], flip: bool) -> np.ndarray:
+    """A random crop of an encoded image, resized and perhaps mirrored: uint8 [size, size, 3].
+
+    numbers: NUMBERS of them, uniform in [0, 1), which alone decide what is random. The crop is drawn first, and a JPEG
+    decoded at a half, quarter or eighth where the crop then still has `size` pixels each way. Raises Unreadable.
+    """
+    header = jpeg_header(encoded)
+    reduce, image = 1, None
+    if header is None:
+        image = decode(encoded)
+    height, width = header[:2] if header else image.shape[:2]
+    if not height or not width:
+        raise Unreadable("its header gives no size")
+    top, left, h, w = random_crop(numbers, height, width, scale)
+    if image is None:
+        reduce = _reduction(h, w, size)
+        image = decode(encoded, reduce)
+    if reduce > 1:
+        top, left, h, w = (round(x / reduce) for x in (top, left, h, w))
+    image = resize(image[top : top + h, left : left + w], size, size)
+    # Mirrored last, when it is smallest.
+    return opencv().flip(image, 1) if flip and numbers[40] < 0.5 else image
+
+
+def test_image(encoded: bytes, size: int, shorter: int) -> np.ndarray:
+    """The central `size` x `size` pixels after the shorter side became `shorter`: uint8 [size, size, 3].
+
+    The longer side becomes int(shorter * longer side / shorter side), as in torchvision. Raises Unreadable.
+    """
+    header = jpeg_header(encoded)
+    image = decode(encoded, _reduction(*header[:2], shorter) if header else 1)
+    height, width = header[:2] if header else image.shape[:2]
+    if height <= width:
+        height, width = shorter, int(shorter * width / height)
+    else:
+        height, width = int(shorter * height / width), shorter
+    image = resize(image, height, width)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return image[top : top + size, left : left + size]

@@ -1,0 +1,187 @@
+"""A TFDS directory in array_record: where it lies, and its encoded images and labels, record by record, undecoded."""
+
+import bisect
+import functools
+import hashlib
+import io
+import itertools
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pwkd_jax import files
+from pwkd_jax.data.images import Unreadable
+from pwkd_jax.errors import UserError
+
+_CHUNK = 256
+
+
+class Records:
+    """Ranges (split, first, one past the last) of a prepared TFDS directory, laid end to end. Can be pickled: a process
+    opens the files when it first reads."""
+
+    def __init__(self, directory: str, ranges: Sequence[tuple[str, int, int]]):
+        self._directory, self._ranges = str(directory), list(ranges)
+        self._ends = list(itertools.accumulate(stop - start for _, start, stop in self._ranges))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getstate__(self):
+        return {key: self.__dict__[key] for key in ("_directory", "_ranges", "_ends")}
+
+    @functools.cached_property
+    def _builder(self):
+        import tensorflow_datasets as tfds
+
+        return tfds.builder_from_directory(self._directory)
+
+    @functools.cached_property
+    def _opened(self) -> dict:
+        import tensorflow_datasets as tfds
+
+        options = {"deserialize_method": tfds.decode.DeserializeMethod.RAW_BYTES,
+                   "file_format": tfds.core.FileFormat.ARRAY_RECORD}  # fmt: skip
+        return {s: self._builder.as_data_source(s, **options) for s in {split for split, _, _ in self._ranges}}
+
+    def _place(self, index: int) -> tuple[str, int]:
+        """(split, number of the record in it)."""
+        part = bisect.bisect_right(self._ends, index)
+        split, _, stop = self._ranges[part]
+        return split, index - self._ends[part] + stop
+
+    def name(self, index: int) -> str:
+        """What a message calls it."""
+        split, number = self._place(index)
+        return f"record {number} of split '{split}' in {self._directory}"
+
+    def missing(self) -> list[Path]:
+        """The files of the directory that should be there and are not."""
+        splits = {split for split, _, _ in self._ranges}
+        return [Path(p) for s in sorted(splits) for p in self._builder.info.splits[s].filepaths if not Path(p).exists()]
+
+    def read(self, indices: Sequence[int]) -> list[tuple[bytes | Unreadable, int]]:
+        """[(encoded image, label)] of `indices`; an Unreadable stands for a record that cannot be read or parsed."""
+        return [self._parse(record) for record in self._serialised(indices)]
+
+    def _serialised(self, indices: Sequence[int]) -> list[bytes | Unreadable]:
+        places = [self._place(int(i)) for i in indices]
+        records: list = [b""] * len(places)
+        for split in {s for s, _ in places}:
+            rows = [row for row, (s, _) in enumerate(places) if s == split]
+            numbers = [places[row][1] for row in rows]
+            try:
+                found = self._opened[split].__getitems__(numbers)
+            except RuntimeError:  # one at a time, to lose only the record at fault
+                found = [self._one(split, number) for number in numbers]
+            for row, record in zip(rows, found, strict=True):
+                records[row] = record
+        return records
+
+    def _one(self, split: str, number: int) -> bytes | Unreadable:
+        try:
+            return self._opened[split][number]
+        except RuntimeError as e:
+            return Unreadable((str(e).strip() or "it cannot be read").splitlines()[0].rstrip("."))
+
+    @staticmethod
+    def _parse(record: bytes | Unreadable) -> tuple[bytes | Unreadable, int]:
+        from google.protobuf.message import DecodeError
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        if isinstance(record, Unreadable):
+            return record, 0
+        try:
+            features = tf_example_pb2.Example.FromString(record).features.feature
+            return features["image"].bytes_list.value[0], int(features["label"].int64_list.value[0])
+        except (DecodeError, IndexError):
+            # A file cut at its first 64 KiB reads as empty records, without an error.
+            return Unreadable("it holds no image and label" if record else "empty record"), 0
+
+    def labels(self) -> np.ndarray:
+        """int32 [N]. Every record has to be read for it, so the labels are kept: beside the data set, or in the user's
+        cache where that cannot be written, under a name that changes when the files do."""
+        paths = self._cache()
+        for path in paths:
+            try:
+                labels = np.load(path, allow_pickle=False)
+            except (OSError, ValueError, EOFError):
+                continue
+            if labels.shape == (len(self),) and labels.dtype == np.int32:
+                return labels
+        print(f"reading the labels of {len(self)} images once, from {self._directory}", file=sys.stderr)
+        labels = np.empty(len(self), np.int32)
+        for start in range(0, len(self), _CHUNK):
+            indices = range(start, min(start + _CHUNK, len(self)))
+            labels[start : start + len(indices)] = [label for _, label in self.read(indices)]
+        content = io.BytesIO()
+        np.save(content, labels)
+        for path in paths:
+            try:
+                files.replace(path, content.getvalue())
+                break
+            except OSError:
+                continue
+        return labels
+
+    def _cache(self) -> list[Path]:
+        digest = hashlib.sha256(repr((self._directory, self._ranges)).encode())
+        for split in sorted({s for s, _, _ in self._ranges}):
+            for path in map(Path, self._builder.info.splits[split].filepaths):
+                stat = path.stat()
+                digest.update(repr((path.name, stat.st_size, stat.st_mtime_ns)).encode())
+        name = f".labels-{digest.hexdigest()[:16]}.npy"
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return [Path(self._directory) / name, home / "pwkd_jax" / name[1:]]
+
+
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+def _versions(home: Path) -> dict[tuple[int, ...], Path]:
+    """{(major, minor, patch): folder} of the prepared versions right below `home`."""
+    if not home.is_dir():
+        return {}
+    found = [d for d in home.iterdir() if _VERSION.fullmatch(d.name) and (d / "dataset_info.json").is_file()]
+    return {tuple(map(int, d.name.split("."))): d for d in found}
+
+
+def find(name: str, data_dir: str, given: bool) -> Path:
+    """The folder of data set `name[/config][:version]`, laid out as TFDS does it: data_dir/name[/config]/version.
+
+    Looked up here because `tfds.builder` falls back to the data set's code, which asks the network, where files are
+    missing.
+    """
+    match = re.fullmatch(rf"(\w[\w-]*(?:/\w[\w.-]*)?)(?::({_VERSION.pattern}))?", name)
+    if not match:
+        raise UserError(f"data.name: '{name}' is not a data set's name; write name, name/config or name:1.0.0")
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        what = "directory" if given else "it is empty, and TFDS's default directory"
+        raise UserError(f"data.data_dir: {what} {root} does not exist; give the folder in which TFDS prepared '{match[1]}'")
+    home, version = root / match[1], match[2]
+    versions = _versions(home)
+    if version:
+        versions = {v: d for v, d in versions.items() if d.name == version}
+    if versions:
+        return versions[max(versions)]
+    if (root / "dataset_info.json").is_file():
+        raise UserError(
+            f"data.data_dir: {root} is one version of a data set; give the folder that holds '{match[1]}', "
+            "its parent's parent (with a TFDS config, one more)"
+        )
+    configs = sorted(d.name for d in home.iterdir() if d.is_dir() and _versions(d)) if home.is_dir() else []
+    if configs:
+        raise UserError(f"data.name: '{match[1]}' comes in configs, add one: {', '.join(f'{match[1]}/{c}' for c in configs)}")
+    if others := _versions(home):
+        have = ", ".join(d.name for _, d in sorted(others.items()))
+        raise UserError(f"data.name: {home} has no version {version}; it has {have}")
+    have = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+    raise UserError(
+        f"data.name: {root} holds no prepared data set '{match[1]}' (it holds {', '.join(have[:12]) or 'nothing'}); "
+        "nothing is downloaded here, so prepare it first (python -m pwkd_jax.prepare -h) or correct data.data_dir"
+    )

@@ -1,0 +1,59 @@
+"""A finished teacher of one workdir teaches in others (`teacher.run`): a sweep over methods trains it once.
+
+What its training left is copied, so the borrowing workdir is whole: evaluate, export and report read it as they read one that
+was trained there. A student learns the very same bits from either.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from pwkd_jax.config import leaves
+from pwkd_jax.errors import UserError
+from pwkd_jax.files import replace
+
+# Neither changes a teacher: where the data lie, and where it came from itself.
+FREE = ("data.data_dir", "teacher.run")
+
+
+def identity(config: ConfigDict) -> dict:
+    """{dotted key: value} of the settings that make the teachers of a config: those of its data and its teacher.
+
+    `seed` is not among them: students of another seed may share a teacher, as those of one workdir do.
+    """
+    known = dict(leaves(ConfigDict(json.loads(config.to_json()))))
+    return {k: v for k, v in known.items() if k.startswith(("data.", "teacher.")) and k not in FREE}
+
+
+def check(config: ConfigDict, facts: dict, names: Iterable[str]) -> None:
+    """Refuse a `teacher.run` that has no finished teacher of each of those `names`, or another teacher. Raises UserError."""
+    run = config.teacher.run
+    if not run:
+        return
+    try:
+        lender, known = (json.loads((Path(run) / file).read_text()) for file in ("config.json", "data.json"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"teacher.run: '{run}' is not a workdir of pwkd_jax.train ({type(e).__name__})") from e
+    own, other = identity(config), identity(ConfigDict(lender))
+    if differ := [k for k in sorted(own.keys() | other.keys()) if own.get(k) != other.get(k)]:
+        key, more = differ[0], f" (and {len(differ) - 1} more keys)" if len(differ) > 1 else ""
+        raise UserError(
+            f"teacher.run: the teacher in '{run}' was trained with {key} = {other.get(key)!r}, not {own.get(key)!r}{more}; "
+            "name the workdir of a teacher with this config's data and teacher keys"
+        )
+    for key in ("name", "train_images", "test_images", "num_classes", "image_shape"):
+        if known[key] != facts[key]:
+            raise UserError(f"teacher.run: the data of '{run}' had {key} {known[key]}, and these have {facts[key]}")
+    for name in names:
+        if not (Path(run) / "teacher" / name / "result.json").exists():
+            raise UserError(f"teacher.run: '{run}' holds no finished {name} teacher; train it there first")
+
+
+def copy(lender: Path, workdir: Path, name: str) -> None:
+    """Bring the finished teacher `name` of `lender` into `workdir`, its result last; nothing where there is one already."""
+    source, target = lender / "teacher" / name, workdir / "teacher" / name
+    if not (target / "result.json").exists():
+        for path in (*sorted(source.glob("width_*")), source / "result.json"):
+            replace(target / path.name, path.read_bytes())

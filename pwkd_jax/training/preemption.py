@@ -1,0 +1,95 @@
+"""Preemption: a SIGTERM to any process makes all of them stop at the same place, where the run saves and raises `Preempted`.
+
+All processes call `check` or `reached` equally often and in the same order: at every step, every evaluation batch and between
+runs. JAX's preemption service picks the call at which all of them stop, the first that none of them has made yet.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from jax.experimental import multihost_utils
+
+from pwkd_jax.training import distributed
+
+
+class Preempted(Exception):
+    """The run has saved what it needs; the same command goes on from there."""
+
+
+class _Notice:
+    """What this process knows: whether it was asked to stop, how often it looked, and whether all have agreed."""
+
+    asked = False
+    looked = 0
+    agreed = False
+
+
+def reached() -> bool:
+    """Whether all processes stop here."""
+    _Notice.looked += 1
+    if distributed.several():
+        _Notice.agreed |= multihost_utils.reached_preemption_sync_point(_Notice.looked)
+    else:
+        _Notice.agreed |= _Notice.asked
+    return _Notice.agreed
+
+
+def check() -> None:
+    """Raise Preempted where all processes stop here."""
+    if reached():
+        raise Preempted
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+    """Note a SIGTERM, for `reached` to see; a second one, or Ctrl-C after it, ends the process at once. Not in a thread."""
+    _Notice.asked, _Notice.agreed = False, False
+    tell = _jax_handler() if distributed.several() else lambda: None
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    # Python's own handlers wait for the interpreter, which compiling keeps out for minutes; a byte in a socket does not.
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(reader, tell), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        writer.close()
+
+
+def _listen(reader: socket.socket, tell: Callable[[], None]) -> None:
+    first = None
+    with reader:
+        while received := reader.recv(1):
+            number = received[0]
+            if number not in (signal.SIGTERM, signal.SIGINT):
+                continue
+            if first is None:
+                first = time.monotonic()
+            elif time.monotonic() - first > 1:  # sooner, it is the first again: launchers pass on what the group got too
+                os._exit(128 + number)
+            if number == signal.SIGTERM and not _Notice.asked:
+                print("SIGTERM: saving at the next step; a second one ends at once", file=sys.stderr, flush=True)
+                _Notice.asked = True
+                tell()
+
+
+def _jax_handler() -> Callable[[], None]:
+    """What JAX does at a SIGTERM: it has taken the signal for its preemption service, which tells the other processes."""
+    libc = ctypes.CDLL(None)
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    address = libc.signal(signal.SIGTERM, None)
+    if not address:
+        return lambda: None
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(address)
+    return lambda: handler(signal.SIGTERM)
