@@ -118,7 +118,8 @@ def train_image(
     """A random crop of an encoded image, resized and perhaps mirrored: uint8 [size, size, 3].
 
     numbers: NUMBERS of them, uniform in [0, 1), which alone decide what is random. The crop is drawn first, and a JPEG
-    decoded at a half, quarter or eighth where the crop then still has `size` pixels each way. out: written and returned where given. Raises Unreadable.
+    decoded at a half, quarter or eighth where the crop then still has `size` pixels each way. out: written and returned where
+    given. Raises Unreadable.
     """
     header = jpeg_header(encoded)
     reduce, image = 1, None
@@ -131,6 +132,8 @@ def train_image(
     if image is None:
         reduce = _reduction(h, w, size)
         image = decode(encoded, reduce)
+        if image.shape[:2] != (-(-height // reduce), -(-width // reduce)):
+            raise Unreadable("its header and its pixels differ in size")
     if reduce > 1:
         top, left, h, w = (round(x / reduce) for x in (top, left, h, w))
     image = image[top : top + h, left : left + w]

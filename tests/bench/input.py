@@ -30,7 +30,7 @@ from sklearn.datasets import load_sample_images
 from pwkd_jax import data
 from pwkd_jax.data import ahead, images, stream
 
-SIZE, BATCH, STEPS, FILES = 224, 64, 6, 128
+SIZE, BATCH, STEPS, FILES = 224, 64, 2, 128
 
 
 def make(root: Path) -> list[Path]:
@@ -88,7 +88,7 @@ def settle() -> float:
 
 
 def timed(work) -> tuple[float, float]:
-    """(images a second, images a second of processor time) of STEPS batches."""
+    """(images a second, images a second of processor time) of STEPS batches, few, so that rounds are short."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     count = STEPS * BATCH
@@ -114,10 +114,10 @@ class Workers:
         begun, own = settle(), time.process_time()
         self._read(3 * self.count)
         wall = time.perf_counter()
-        self._read(STEPS * self.count)
-        rate = STEPS * self.count * BATCH / (time.perf_counter() - wall)
+        self._read(4 * self.count)
+        rate = 4 * self.count * BATCH / (time.perf_counter() - wall)
         own = time.process_time() - own
-        return rate, (STEPS + 3) * self.count * BATCH / (settle() - begun + own)
+        return rate, 7 * self.count * BATCH / (settle() - begun + own)
 
 
 def main(arguments: list[str]) -> None:
@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> None:
         for count in range(1, min(ahead.cores(), 8) + 1):
             inputs[f"{count} worker{'s' * (count > 1)}"] = Workers(folder, count).timed
         results = {name: [] for name in inputs}
-        for _ in range(int(options.get("rounds", 7))):
+        for _ in range(int(options.get("rounds", 15))):
             for name, measure in inputs.items():
                 results[name].append(measure())
     rows = []
