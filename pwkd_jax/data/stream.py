@@ -161,13 +161,15 @@ def _complaint(source: Source, index: int, reason, allowed: int) -> str:
     )
 
 
-def uniform(seed: int, position: int) -> np.ndarray:
-    """The random numbers of one training image, in [0, 1): float64 [images.NUMBERS].
+def uniform(seed: int, first: int, count: int = 1) -> np.ndarray:
+    """The random numbers of the training images at positions first ... first + count - 1: in [0, 1), float64
+    [count, images.NUMBERS].
 
-    From raw generator output, which numpy keeps stable between releases (NEP 19), as `pipeline.permutation` is.
+    Philox counts through its numbers, 64 a position here, so that any of them is had without those before. From raw
+    output, which numpy keeps stable between releases (NEP 19), as `pipeline.permutation` is.
     """
-    bits = np.random.PCG64(np.random.SeedSequence([seed, position, 1])).random_raw(images.NUMBERS)
-    return (bits >> np.uint64(11)) * 2.0**-53
+    bits = np.random.Philox(key=[seed, 1], counter=[16 * first, 0, 0, 0]).random_raw(64 * count).reshape(count, 64)
+    return (bits[:, : images.NUMBERS] >> np.uint64(11)) * 2.0**-53
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,13 +188,12 @@ class _Train:
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         o, wanted = self.options, self.order.index(step)[0]
-        positions = step * self.order.batch_size + self.order.rows
+        numbers = uniform(self.order.seed, step * self.order.batch_size + int(self.order.rows[0]), len(wanted))
+        batch = np.empty((len(wanted), o.image_size, o.image_size, 3), np.uint8)
 
         def decode(encoded: bytes, row: int) -> np.ndarray:
-            numbers = uniform(self.order.seed, int(positions[row]))
-            return images.train_image(encoded, numbers, o.image_size, o.scale, o.flip)
+            return images.train_image(encoded, numbers[row], o.image_size, o.scale, o.flip, batch[row])
 
-        batch = np.empty((len(wanted), o.image_size, o.image_size, 3), np.uint8)
         index, labels = wanted.copy(), np.empty(len(wanted), np.int32)
         for row, (label, image) in enumerate(_decoded(self.source, wanted, decode)):
             for tried in range(1, self.allowed + 1):
@@ -203,7 +204,7 @@ class _Train:
             if isinstance(image, Unreadable):
                 raise UserError(_complaint(self.source, int(index[row]), image, self.allowed))
             _check_label(self.source, int(index[row]), label, self.num_classes)
-            batch[row], labels[row] = image, label
+            labels[row] = label
         return {"image": batch, "label": labels, "index": index, "wanted": wanted}
 
 

@@ -2,15 +2,17 @@
 
     opencv       a bare loop of one thread: read a file, decode, crop, resize (linear, the cheapest)
     pillow       the same of Pillow: open, convert, resize a box (bilinear)
-    in process   our pipeline with data.workers=0: whole batches by a thread of this process
-    1, 2, ...    our pipeline with so many worker processes, up to the cores there are
+    one area     opencv with the mean over pixels in place of linear, for what that costs
+    in process   our pipeline, as a worker runs it: whole batches of this thread
+    1, 2, ...    our pipeline in so many worker processes, up to the cores there are, and their hand-over by Grain
 
 Photographs of scikit-learn, cut at random and brought to 500x375, JPEG of quality 90; the crops are the same for all. Rounds
 take turns; a ratio is of one round, given as the median with the smallest and largest. CPU is images for each second of
-processor time of this process, which other load on the machine disturbs less than wall time; workers are measured by wall time.
+processor time, workers' own included, which other load on the machine disturbs less than wall time. Linux.
 """
 
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -28,7 +30,7 @@ from sklearn.datasets import load_sample_images
 from pwkd_jax import data
 from pwkd_jax.data import ahead, images, stream
 
-SIZE, BATCH, STEPS, FILES = 224, 64, 6, 128
+SIZE, BATCH, STEPS, FILES = 224, 64, 2, 128
 
 
 def make(root: Path) -> list[Path]:
@@ -50,14 +52,14 @@ def crops(step: int):
     """(index, top, left, height, width) of a batch, as the pipeline draws them; made before the clock starts."""
     for position in range(step * BATCH, (step + 1) * BATCH):
         index = data.pipeline.permutation(0, position // FILES, FILES)[position % FILES]
-        yield int(index), *images.random_crop(stream.uniform(0, position), 375, 500, (0.08, 1.0))
+        yield int(index), *images.random_crop(stream.uniform(0, position)[0], 375, 500, (0.08, 1.0))
 
 
-def opencv(paths, boxes) -> None:
+def opencv(paths, boxes, interpolation: int = cv2.INTER_LINEAR) -> None:
     for index, top, left, height, width in boxes:
         with open(paths[index], "rb") as file:
             image = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_COLOR_RGB)
-        cv2.resize(image[top : top + height, left : left + width], (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+        cv2.resize(image[top : top + height, left : left + width], (SIZE, SIZE), interpolation=interpolation)
 
 
 def pillow(paths, boxes) -> None:
@@ -67,12 +69,55 @@ def pillow(paths, boxes) -> None:
             np.asarray(image.convert("RGB").resize((SIZE, SIZE), PIL.Image.Resampling.BILINEAR, box))
 
 
+def processor_seconds() -> float:
+    """Used so far by the worker processes that live."""
+    total = 0
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def settle() -> float:
+    """`processor_seconds` when all workers have filled their buffers."""
+    before = -1.0
+    while (now := processor_seconds()) > before + 0.015:
+        before = now
+        time.sleep(0.5)
+    return now
+
+
 def timed(work) -> tuple[float, float]:
-    """(images a second, images a second of processor time) of STEPS batches."""
+    """(images a second, images a second of processor time) of STEPS batches, few, so that rounds are short."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     count = STEPS * BATCH
     return count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
+
+
+class Workers:
+    """A stream read by worker processes."""
+
+    def __init__(self, folder: str, count: int):
+        d = data.load("folder", folder, streaming=data.Streaming(SIZE, flip=True, workers=count))
+        self.count, self._batch, self._at = count, data.batches(d.train, BATCH, 0), 0
+        self._read(1)
+
+    def _read(self, count: int) -> None:
+        for _ in range(count):
+            self._batch(self._at)
+            self._at += 1
+
+    def timed(self) -> tuple[float, float]:
+        """As `timed`. The wall clock starts when what was made ahead is used up; processor time is from full buffers to full
+        buffers, in which exactly as many batches are made as are read, and this process's share comes on top."""
+        begun, own = settle(), time.process_time()
+        self._read(3 * self.count)
+        wall = time.perf_counter()
+        self._read(4 * self.count)
+        rate = 4 * self.count * BATCH / (time.perf_counter() - wall)
+        own = time.process_time() - own
+        return rate, 7 * self.count * BATCH / (settle() - begun + own)
 
 
 def main(arguments: list[str]) -> None:
@@ -80,43 +125,29 @@ def main(arguments: list[str]) -> None:
     cv2.setNumThreads(0)
     with tempfile.TemporaryDirectory() as folder:
         paths = make(Path(folder))
-        streams, at = {}, {}
-        for workers in (0, *range(1, ahead.cores() + 1)[:8]):
-            d = data.load("folder", folder, streaming=data.Streaming(SIZE, flip=True, workers=workers))
-            name = f"{workers} worker{'s' * (workers > 1)}" if workers else "in process"
-            streams[name], at[name] = data.batches(d.train, BATCH, 0), 0
-
-        def read(name: str, count: int) -> None:
-            for _ in range(count):
-                streams[name](at[name])
-                at[name] += 1
-
         boxes = [box for step in range(STEPS) for box in crops(step)]
-        results = {name: [] for name in ("opencv", "pillow", *streams)}
-        for _ in range(int(options.get("rounds", 7))):
-            results["opencv"].append(timed(lambda: opencv(paths, boxes)))
-            results["pillow"].append(timed(lambda: pillow(paths, boxes)))
-            for name in streams:
-                # What was made ahead costs nothing now: use it up first; afterwards let it be made again.
-                read(name, 2 if name == "in process" else 3 * int(name[0]))
-                results[name].append(timed(lambda name=name: read(name, STEPS)))
-                time.sleep(0.4 + 0.3 * len(streams))
+        source = data.load("folder", folder, streaming=data.Streaming(SIZE, flip=True)).train
+        batch = stream._Train(source.source, 2, source.options, data.Pipeline(source.source, BATCH, 0), 0)
+        inputs = {
+            "opencv": lambda: timed(lambda: opencv(paths, boxes)),
+            "one area": lambda: timed(lambda: opencv(paths, boxes, cv2.INTER_AREA)),
+            "pillow": lambda: timed(lambda: pillow(paths, boxes)),
+            "in process": lambda: timed(lambda: [batch(step) for step in range(STEPS)]),
+        }
+        for count in range(1, min(ahead.cores(), 8) + 1):
+            inputs[f"{count} worker{'s' * (count > 1)}"] = Workers(folder, count).timed
+        results = {name: [] for name in inputs}
+        for _ in range(int(options.get("rounds", 15))):
+            for name, measure in inputs.items():
+                results[name].append(measure())
     rows = []
+    print(f"{'input':<12}{'images/s':>10}{'CPU':>8}   of opencv's CPU")
     for name, found in results.items():
-        here = name in ("opencv", "pillow", "in process")
-        column = 1 if here else 0
-        ratios = [a[column] / b[column] for a, b in zip(found, results["opencv"], strict=True)]
-        rows.append({
-            "input": name, "images_per_second": statistics.median(f[0] for f in found),
-            "images_per_cpu_second": statistics.median(f[1] for f in found) if here else None,
-            "of_opencv": [statistics.median(ratios), min(ratios), max(ratios)], "by": "CPU" if here else "wall",
-        })  # fmt: skip
-    print(f"{'input':<12}{'images/s':>10}{'CPU':>8}   of opencv's loop")
-    for row in rows:
-        cpu = f"{row['images_per_cpu_second']:.0f}" if row["images_per_cpu_second"] else ""
-        middle, low, high = row["of_opencv"]
-        beside = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        print(f"{row['input']:<12}{row['images_per_second']:>10.0f}{cpu:>8}   {beside} by {row['by']}")
+        ratios = [a[1] / b[1] for a, b in zip(found, results["opencv"], strict=True)]
+        wall, cpu = (statistics.median(column) for column in zip(*found, strict=True))
+        middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        rows.append({"input": name, "images_per_second": wall, "images_per_cpu_second": cpu, "of_opencv": [middle, low, high]})
+        print(f"{name:<12}{wall:>10.0f}{cpu:>8.0f}   {middle:.2f} ({low:.2f} to {high:.2f})")
     if "json" in options:
         environment = {"cores": ahead.cores(), "load": os.getloadavg()[0], "opencv": cv2.__version__}
         Path(options["json"]).write_text(json.dumps({"rows": rows, **environment}, indent=2) + "\n")
