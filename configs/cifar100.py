@@ -6,7 +6,7 @@
 The argument is a pair, then a method or a sum of them (`kd+crd`; `kd` where none is given), then, for `kd` alone,
 `standardised` for logit standardisation with its T and weight. Name the method here and not by an override, which would
 bring its general defaults in place of this pair's values; other models are overrides of teacher.model and student.model.
-Needs array_record files, which `tfds build cifar100 --file_format=array_record` writes, and a GPU or TPU.
+Needs array_record files, which `python -m pwkd_jax.prepare cifar100 --data-dir=DIR` makes, and a GPU or TPU.
 
 The recipe is RepDistiller's: SGD with momentum 0.9 and weight decay 5e-4 on everything, batch 64, 240 epochs from 0.05 (0.01
 for MobileNetV2 and the ShuffleNets), times 0.1 at 150, 180 and 210, random crop after 4 pixels of zeros, flip. The teacher and

@@ -1,14 +1,14 @@
-"""The schema: every key with its default and meaning, how a command line is read, and what is refused.
+"""How a config is read and what is refused; `defaults` has the schema, every key with its default and its meaning.
 
-`default()` is what configs/*.py start from. `load(argv)` reads `--config=FILE[:ARG]` and `--config.key=value` overrides
-and returns a checked ConfigDict; a mistake is a UserError that names the key. After this the code sees plain arguments.
+configs/*.py import `default()` from here. `load(argv)` reads `--config=FILE[:ARG]` and `--config.key=value` overrides and
+returns a checked ConfigDict; a mistake is a UserError that names the key. After this the code sees plain arguments.
 Durations are strings: '60 epochs', '5000 steps', '1e6 examples'; where they divide a whole, also '10 %'.
 """
 
 import difflib
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,129 +16,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from pwkd_jax import distillers, models, slimmable, stages
+from pwkd_jax.defaults import default, leaves
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import compute
-
-
-def _optimizer() -> ConfigDict:
-    return ConfigDict({
-        "name": "sgd",  # sgd or adamw
-        "momentum": 0.9,  # adamw: beta1
-        "nesterov": False,
-        "weight_decay": 5e-4,
-        "decay": "all",  # all, or kernels: arrays of two or more axes, so neither batch norm nor biases
-        "clip_norm": 0.0,  # of the global gradient; 0 is off
-    })  # fmt: skip
-
-
-def _schedule(peak: float) -> ConfigDict:
-    return ConfigDict({
-        "form": "cosine",  # cosine, step, triangular, one_cycle or constant
-        "peak": peak,  # the highest learning rate
-        "floor": 0.0,  # cosine and triangular: the lowest, as a fraction of the peak
-        "milestones": (0.625, 0.75, 0.875),  # step: fractions of the cycle; 150, 180 and 210 of 240 epochs
-        "factor": 0.1,  # step: multiplies at each milestone
-        "warmup": "0 epochs",  # linear, at the start of every cycle
-    })  # fmt: skip
-
-
-def default() -> ConfigDict:
-    """A new ConfigDict with every key. Locked: a key that is not here cannot be set."""
-    config = ConfigDict()
-    config.name = "experiment"  # shown in the report
-    config.seed = 0  # the teacher's; students use seed, seed + 1, ...
-    config.seeds = 3  # students per arm; 0 trains the arms' teachers alone
-    config.arms = ("alone", "kd_whole", "kd_whole_cyclic", "pwkd")  # see stages.ARMS
-    config.dtype = "float32"  # of convolutions and products; bfloat16 leaves parameters, statistics and losses float32
-    config.batch_norm_group = 0  # batch norm over groups of so many images; 0: over the global batch
-    config.mesh = ConfigDict({"model": 1})  # so many devices share one copy of a network; 1: pure data parallelism
-    config.steps_per_dispatch = 0  # of one compiled loop, at most, over images on the devices; 0: 1 on CPU, otherwise 100
-
-    config.data = ConfigDict({
-        "name": "digits",  # scikit-learn's digits, any TFDS image classification set, or folder: SPLIT/CLASS/IMAGE
-        "data_dir": "",  # where TFDS sets lie, or the folder; '' is TFDS's own default, ~/tensorflow_datasets
-        "train_split": "train",  # TFDS slicing: train[:5000]
-        "test_split": "test",
-        "num_classes": 0,  # 0: as the data set says; otherwise it must agree
-        "crop_padding": 0,  # random crop after zero padding by so many pixels
-        "flip": False,  # random horizontal flip
-        "mean": (),  # per channel, of pixels in [0, 1]; (): measured
-        "std": (),
-        "on_device": "auto",  # the training images, whole on every device: auto (up to 1 GiB), always or never
-        "image_size": 0,  # 0: images of one size, decoded once into RAM; above: streamed, cropped to so many pixels
-        "scale": (0.08, 1.0),  # streamed: area of the random crops of training, as parts of the image's
-        "resize": 256,  # streamed: shorter side of test images before their central crop
-        "workers": -1,  # streamed: processes that decode; -1: one a core, 0: none but this
-        "unreadable": 0.0,  # streamed: share of the training images that may be skipped
-    })  # fmt: skip
-
-    # Table A of the algorithm: the decomposable teacher.
-    config.teacher = ConfigDict({
-        "model": "resnet20",  # see models.create; or module:Name
-        "weights": "",  # a .safetensors of convert or export: where training starts; kd_standard's teacher as it is
-        "run": "",  # the workdir of another experiment whose finished teachers teach here too, instead of ones trained anew
-        "order": "bn_scale",  # of its channels, the most important first, by bn_scale or l1; or none
-        "widths": (0.25, 0.5, 0.75, 1.0),  # the sub-networks
-        "divisor": 0,  # channels: 0 exact, otherwise rounded to multiples
-        "zero_gamma": False,  # last batch-norm scale of each block starts at 0
-        "execution": "take",  # take: sliced; mask: full shapes with zeros. Equal results
-        "sampling": "all",  # all widths every step; sandwich: widest, narrowest and drawn ones
-        "subnetworks": 4,  # sandwich: how many a step
-        "pool": (),  # sandwich: further widths that may be drawn
-        "loss": "hard",  # of all but the widest: hard labels, inplace or inplace_mix
-        "reduction": "sum",  # of the sub-networks' losses: sum or mean
-        "batch_norm": "switchable",  # switchable, private_stats or shared
-        "duration": "240 epochs",
-        "batch_size": 64,
-        "sharding": "replicated",  # of parameters and optimiser state; fsdp: large arrays split over the devices
-    })  # fmt: skip
-    config.teacher.calibration = ConfigDict({
-        "images": 0,  # measure batch-norm statistics anew on so many training images; 0: keep the running ones
-        "batch_size": 256,
-        "seed": 0,
-    })  # fmt: skip
-    config.teacher.optimizer = _optimizer()
-    config.teacher.schedule = _schedule(0.05)
-
-    # Table B: the student and its stages.
-    config.student = ConfigDict({
-        "model": "resnet8",
-        "weights": "",  # a .safetensors to start from
-        "width": 1.0,
-        "widths": (),  # the stages' teacher widths in order; (): the teacher's, narrow to wide
-        "duration": "240 epochs",  # of all stages together (see budget); the controls get the same
-        "budget": "total",  # total: the stages share the duration; per_stage: each has all of it
-        "stage_shares": (),  # relative lengths, e.g. (30, 30, 60, 120); (): equal
-        "reset": (),  # at stage starts: momentum, batch_norm, weights; the rest carries over
-        "connectors": "leading",  # a distiller's parameters at a new width: leading block, or reinit
-        "standardise_logits": False,  # the distiller sees z-scores of both networks' logits
-        "same_crop": True,  # the teacher sees the student's augmented images
-        "ensemble": 2,  # stage-end snapshots in the extra row of the results
-        "batch_size": 64,
-        "sharding": "replicated",  # as the teacher's
-        "teacher_sharding": "replicated",  # of the frozen sub-network that teaches
-    })  # fmt: skip
-    config.student.distiller = ConfigDict({"name": "kd", **distillers.fields("kd")})
-    config.student.optimizer = _optimizer()
-    config.student.schedule = _schedule(0.05)
-    config.student.schedule.cycles = "per_stage"  # of kd_whole_cyclic and the pwkd arms; or single
-    config.student.schedule.peak_decay = 1.0  # each cycle's peak is the last one's times this
-    config.student.schedule.single_form = ""  # form of the controls' one cycle; '': the same form
-
-    config.evaluation = ConfigDict({"every": "1 epoch", "batch_size": 512})
-    config.checkpoint = ConfigDict({"every": "10 %"})  # of the teacher's or the student's run; stage ends always
-    config.log = ConfigDict({"every": "50 steps", "tensorboard": True})
-    return config.lock()
-
-
-def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every setting."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
 
 # Reading.
 
