@@ -118,9 +118,9 @@ def _total(r: dict) -> list[str]:
     if r["chip_hours"] is None:
         return []
     what = "These programs" if r["partial"] else "The whole config"
-    money = f", {r['cost']:,.3g} at {r['price']:g} a chip-hour" if r["cost"] is not None and r["price"] else ""
+    money = f", {_few(r['cost'])} at {r['price']:g} a chip-hour" if r["cost"] is not None and r["price"] else ""
     hours = r["chip_hours"] / r["chips"]
-    return [f"{what}: at least {r['chip_hours']:,.3g} chip-hours, {hours:,.3g} hours here{money}."]
+    return [f"{what}: at least {_few(r['chip_hours'])} chip-hours, {_few(hours)} hours here{money}."]
 
 
 def _unknown(r: dict) -> str:
@@ -145,6 +145,10 @@ def _n(x: float) -> str:
     if size and size < 0.005:
         return "<0.01" if x > 0 else ">-0.01"
     return f"{x + 0.0:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
+
+
+def _few(x: float) -> str:
+    return _n(x) if x >= 0.01 else f"{x:.1g}"
 
 
 def _plural(count: int, word: str) -> str:
