@@ -30,8 +30,8 @@ def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
     own = sum(d.process_index == devices[0].process_index for d in devices) if devices else jax.local_device_count()
     if own % model:
         # A model spread over processes would have them read the same rows, but each reads its own.
-        of = f"the {own} devices" if count == own else f"the {own} devices of each process"
-        raise UserError(f"mesh.model: {model} does not divide {of}; 1 is pure data parallelism")
+        whose = "the number of devices" if count == own else "each process's number of devices"
+        raise UserError(f"mesh.model: {model} does not divide {whose}, {own}; 1 is pure data parallelism")
     # Said out loud: without axis_types, make_mesh would give Explicit axes.
     return jax.make_mesh((count // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
