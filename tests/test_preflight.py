@@ -377,11 +377,10 @@ def test_a_tiny_config_compiles_for_a_pod_and_a_batch_too_large_is_found_out(tmp
 @needs_libtpu
 @pytest.mark.slow
 def test_suggest_finds_a_batch_that_fits_where_the_one_asked_for_does_not(tmp_path):
-    arguments = (*SMALL, "--topology=v5e:2x2", "--only=student step, teacher 1", "--suggest", "--json")
-    arguments = (*arguments, "--config.student.batch_size=8388608", "--config.student.duration=9 steps")
-    done = run(*arguments, XDG_CACHE_HOME=str(tmp_path))
+    arguments = (*SMALL, "--topology=v5e:2x2", "--only=student evaluation", "--suggest", "--json")
+    done = run(*arguments, "--config.evaluation.batch_size=67108864", XDG_CACHE_HOME=str(tmp_path))
     result = json.loads(done.stdout)
     (found,) = result["suggestions"]
     assert done.returncode == 1 and result["fits"] is False
-    assert 4096 < found["largest"] < 8388608 and str(found["largest"]) in found["tried"]
+    assert 65536 < found["largest"] < 67108864 and str(found["largest"]) in found["tried"]
     assert found["largest"] % 4 == 0
