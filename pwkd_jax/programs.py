@@ -161,7 +161,24 @@ def _batch(setting: Setting, size: int, evaluation: bool = False) -> dict[str, j
     }
     if evaluation:
         return like | {"mask": jax.ShapeDtypeStruct((size,), np.float32, sharding=rows)}
+    if dispatch.on_device(setting.config.data.on_device, setting.dataset.train):
+        return _resident(setting, size)
     if not wants_labels(setting.config):
         return like
     labels = len(setting.dataset.train)
     return like | {"dataset_label": jax.ShapeDtypeStruct((labels,), np.int32, sharding=whole)}
+
+
+def _resident(setting: Setting, size: int) -> dict:
+    """The batch of `dispatch.Resident` for one step: the data set on every device, and the indices of the rows."""
+    train, whole = setting.dataset.train, sharding.replicated(setting.mesh)
+    rows = NamedSharding(setting.mesh, P(None, "data"))
+    stored = {
+        "image": jax.ShapeDtypeStruct((len(train), *setting.dataset.image_shape), np.uint8, sharding=whole),
+        "label": jax.ShapeDtypeStruct((len(train),), np.int32, sharding=whole),
+    }
+    return {
+        "stored": stored,
+        "count": jax.ShapeDtypeStruct((), np.int32, sharding=whole),
+        "rows": jax.ShapeDtypeStruct((1, size), np.int32, sharding=rows),
+    }

@@ -91,7 +91,7 @@ def test_one_whole_stage_is_plain_distillation(tmp_path):
     assert identical(a, b)
 
 
-@pytest.mark.parametrize("name", ["simkd", "kd+crd", "ft"])
+@pytest.mark.parametrize("name", ["simkd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kd+crd", "ft"))])
 def test_methods_with_connectors_state_and_phases_go_through_the_stages(name, tmp_path):
     options = [f"--config.student.distiller.name={name}", "--config.arms=pwkd", "--config.student.standardise_logits=true"]
     options += [f"--config.{who}.duration=300 steps" for who in ("teacher", "student")]

@@ -21,7 +21,7 @@ PAIRS = {
     "resnet32x4-ShuffleV2": (8, 8), "wrn_40_2-ShuffleV1": (8, 5),
 }  # fmt: skip
 # The pairs that compile fast enough for every run; the others are the same tests, with --all.
-FAST = ("wrn_40_2-wrn_16_2", "vgg13-vgg8", "vgg13-MobileNetV2")
+FAST = ("wrn_40_2-wrn_16_2", "vgg13-MobileNetV2")
 SOME_FAST = [pytest.param(pair, marks=[pytest.mark.slow] * (pair not in FAST)) for pair in PAIRS]
 IMAGENET = {"resnet34-resnet18": (0.5, 1), "resnet50-mobilenetv1": (2, 8), "vit_base-vit_tiny": (None, None)}
 

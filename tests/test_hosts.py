@@ -139,14 +139,14 @@ def terminated_at(look: int, monkeypatch) -> None:
     monkeypatch.setattr(preemption, "reached", reached)
 
 
-# Looks of an unbroken run: one before the teacher; then one after each step, and one for each batch of an evaluation before.
+# Looks of an unbroken run: two before the teacher; then one after each step, and one for each batch of an evaluation before.
 @pytest.mark.parametrize(
     "look, step",
     [
         pytest.param(1, None, id="before the first run", marks=pytest.mark.slow),
-        pytest.param(2, 1, id="compiling", marks=pytest.mark.slow),
-        pytest.param(8, 7, id="within a window"),
-        pytest.param(9, 8, id="evaluating"),
+        pytest.param(3, 1, id="compiling", marks=pytest.mark.slow),
+        pytest.param(9, 7, id="within a window"),
+        pytest.param(10, 8, id="evaluating"),
     ],
 )
 def test_a_sigterm_saves_and_the_rest_is_as_if_it_had_not_come(look, step, alone, tmp_path, monkeypatch, capsys):

@@ -82,7 +82,8 @@ def steps(model, how, group=0, learns=True):
     learner = make_pupil(1)
     taught = sharding.place(mesh, {1.0: teacher.freeze(net, state.params, state.collections)[1.0]}, how)
     plan = [stages.Stage("slimmable", (1.0,), 0, 4)]
-    one = student.make_step(compute.wrap(pupil, group=group), net.members, (1.0,), fitted, plan, tx, lambda s: 0.1, preprocess)
+    one = student.make_step(compute.wrap(pupil, group=group), net.members, (1.0,), fitted, plan, tx, lambda s: 0.1, preprocess,
+                            images=40)
     one = sharding.jit_step(mesh, one, make_pupil.layout)
     for _ in range(2 * learns):
         learner, metrics = one(learner, batch | {"dataset_label": sharding.place(mesh, labels)}, teacher=taught)
