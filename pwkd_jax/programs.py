@@ -25,7 +25,7 @@ def teacher_step(setting: Setting, name: str) -> tuple[Callable, Callable]:
         reduction=c.reduction, subnetworks=c.subnetworks, **sandwich,
     )  # fmt: skip
     create = setting.teacher_state(name)
-    return create, sharding.jit_step(setting.mesh, dispatch.many(step), create.layout)
+    return create, sharding.jit_step(setting.mesh, dispatch.many(step, setting.dataset.image_shape), create.layout)
 
 
 def student_steps(
@@ -40,7 +40,7 @@ def student_steps(
             setting.student, net.members if net else {}, widths, distillation, plan, setting.optimizer("student"),
             schedule, setting.preprocess, images=len(setting.dataset.train), same_crop=c.same_crop,
         )  # fmt: skip
-        steps[widths] = sharding.jit_step(setting.mesh, dispatch.many(step), create.layout)
+        steps[widths] = sharding.jit_step(setting.mesh, dispatch.many(step, setting.dataset.image_shape), create.layout)
     return create, steps
 
 
@@ -174,7 +174,7 @@ def _resident(setting: Setting, size: int) -> dict:
     train, whole = setting.dataset.train, sharding.replicated(setting.mesh)
     rows = NamedSharding(setting.mesh, P(None, "data"))
     stored = {
-        "image": jax.ShapeDtypeStruct((len(train), *setting.dataset.image_shape), np.uint8, sharding=whole),
+        "image": jax.ShapeDtypeStruct((len(train), math.prod(setting.dataset.image_shape)), np.uint8, sharding=whole),
         "label": jax.ShapeDtypeStruct((len(train),), np.int32, sharding=whole),
     }
     return {

@@ -156,7 +156,8 @@ def test_every_pair_takes_a_step_of_distillation(pair, monkeypatch):
     teacher = jax.jit(lambda key: net.extract(*net.init(key, (32, 32, 3)), width))(jax.random.key(1))
     state = jax.jit(lambda: student.init(made.student, (32, 32, 3), distillation, tx, 0))()
     before = jax.device_get(state.params["student"])
-    state, metrics = sharding.jit_step(made.mesh, dispatch.many(step))(state, made.batches(4, 0)(0), teacher={width: teacher})
+    step = sharding.jit_step(made.mesh, dispatch.many(step, (32, 32, 3)))
+    state, metrics = step(state, made.batches(4, 0)(0), teacher={width: teacher})
     assert np.isfinite(float(metrics.train_loss.total)) and int(state.step) == 1
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(state.params["student"]))
     assert all(jax.tree.leaves(changed)), changed

@@ -45,8 +45,12 @@ def most(choice: int, resident: bool) -> int:
 
 
 def store(mesh: jax.sharding.Mesh, split: data.Split) -> dict[str, jax.Array]:
-    """{"image": uint8 [N, H, W, C], "label": int32 [N]} of a split, whole on every device."""
-    arrays, whole = {"image": split.images, "label": split.labels}, sharding.replicated(mesh)
+    """{"image": uint8 [N, H * W * C], "label": int32 [N]} of a split, whole on every device.
+
+    In rows, for a TPU lays out what it gathers from: of [N, H, W, C] it would copy all images at every dispatch.
+    """
+    rows = np.ascontiguousarray(split.images).reshape(len(split), -1)
+    arrays, whole = {"image": rows, "label": split.labels}, sharding.replicated(mesh)
     return {name: jax.make_array_from_process_local_data(whole, array, array.shape) for name, array in arrays.items()}
 
 
@@ -67,15 +71,17 @@ class Resident:
         return {"stored": self._stored, "count": np.int32(count), **sharding.put_batch(self._mesh, {"rows": rows}, axis=1)}
 
 
-def many(step: Callable) -> Callable:
+def many(step: Callable, image_shape: tuple[int, ...]) -> Callable:
     """`step` for the batches of `Resident`: as many steps as a chunk has. Other batches it takes as `step` does.
 
-    The metrics of several steps come back with a leading axis [most], zero after the last step.
+    image_shape: (H, W, C) of the images that lie in rows. The metrics of several steps come back with a leading axis [most],
+    zero after the last step.
     """
 
     @jax.jit  # traced once for its shapes and for the loop
     def one(state, index, stored, frozen):
         batch = {name: array[index] for name, array in stored.items()}
+        batch["image"] = batch["image"].reshape(len(index), *image_shape)
         return step(state, batch | {"index": index, "dataset_label": stored["label"]}, **frozen)
 
     def run(state, batch, **frozen):

@@ -51,7 +51,7 @@ def measure(model: nn.Module, shape, batch_size: int, images: int, most: int, st
 
     plan = [Stage("slimmable", (), 0, 1 << 30)]
     step = student.make_step(model, {}, (), None, plan, tx, lambda s: 0.01, preprocess)
-    step = functools.partial(sharding.jit_step(mesh, dispatch.many(step)), teacher={})
+    step = functools.partial(sharding.jit_step(mesh, dispatch.many(step, shape)), teacher={})
     ways = {
         "host": lambda n: sharding.put_batch(mesh, pipeline(n)) | {"dataset_label": stored["label"]},
         "resident": dispatch.Resident(mesh, pipeline, stored, 1),
