@@ -5,7 +5,8 @@ normalisation to float32 (`augment`)."""
 
 from pwkd_jax.data.augment import augment, channel_statistics, normalise
 from pwkd_jax.data.pipeline import Pipeline
-from pwkd_jax.data.sources import Dataset, Split, Streaming, load, load_split, many_sizes
+from pwkd_jax.data.sources import load, load_split, many_sizes
+from pwkd_jax.data.splits import Dataset, Split, Streaming
 from pwkd_jax.data.stream import Stream, batches, eval_batches
 
 __all__ = ["Dataset", "Pipeline", "Split", "Stream", "Streaming", "augment", "batches", "channel_statistics", "eval_batches",

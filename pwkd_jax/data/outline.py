@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pwkd_jax.data import sources
-from pwkd_jax.data.sources import Dataset, Split
+from pwkd_jax.data.splits import Dataset, Split
 from pwkd_jax.errors import UserError
 
 # {name: (image shape, {split: images}, classes)}. ImageNet's images have many sizes; 224 is the literature's.

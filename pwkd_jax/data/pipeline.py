@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pwkd_jax.data.sources import Split
+from pwkd_jax.data.splits import Split
 from pwkd_jax.errors import UserError
 
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from pwkd_jax.data.records import Records
 from pwkd_jax.data.records import find as _find
+from pwkd_jax.data.splits import Dataset, Split, Streaming
+from pwkd_jax.data.stream import Stream
 from pwkd_jax.errors import UserError
 
 # Records fetched by one call: reading them one at a time costs as much as decoding them (measured: 130 us each).
@@ -20,54 +22,6 @@ _CHUNK = 256
 
 # A stretch of one stored split: (its name, first record, one past the last).
 Range = tuple[str, int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """images: uint8 [N, H, W, C], C = 1 for grayscale; labels: int32 [N] in [0, num_classes)."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    skipped = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
-        return self.images.shape[1:]
-
-
-@dataclasses.dataclass(frozen=True)
-class Streaming:
-    """How images of many sizes become squares of `image_size` pixels, see `images`; the keys of `data` of these names.
-
-    workers: processes that decode, below 0 one a core, 0 a thread of this one. unreadable: share of a training split.
-    """
-
-    image_size: int
-    scale: tuple[float, float] = (0.08, 1.0)
-    resize: int = 256
-    flip: bool = False
-    workers: int = -1
-    unreadable: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Two splits, `Split` or `stream.Stream`, of equal image shape and the number of classes of their labels."""
-
-    name: str
-    train: Split
-    test: Split
-    num_classes: int
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
-        return self.train.image_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +90,6 @@ def many_sizes(name: str, data_dir: str) -> bool:
 def _take(store: _Store, ranges: list[Range], name: str, num_classes: int, streaming: Streaming | None) -> Split:
     if streaming is None:
         return store.read(ranges, num_classes)
-    from pwkd_jax.data.stream import Stream
 
     if store.source is None:
         raise UserError(f"data.image_size: {streaming.image_size} is not possible for '{name}', which lies in RAM; set 0")
