@@ -22,7 +22,7 @@ def teacher_step(setting: Setting, name: str) -> tuple[Callable, Callable]:
     sandwich = {"loss": c.loss, "sampling": c.sampling} if name == "slimmable" else {}
     step = teacher.make_step(
         net, setting.optimizer("teacher"), setting.schedule("teacher", [(0, total)]), setting.preprocess,
-        reduction=c.reduction, subnetworks=c.subnetworks, **sandwich,
+        setting.mesh if c.sharding == "replicated" else None, reduction=c.reduction, subnetworks=c.subnetworks, **sandwich,
     )  # fmt: skip
     create = setting.teacher_state(name)
     return create, sharding.jit_step(setting.mesh, dispatch.many(step, setting.dataset.image_shape), create.layout)

@@ -63,12 +63,12 @@ class TwoNorms(nn.Module):
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 mesh = Mesh(np.array(devices).reshape(4, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
-def count(widths, group, dtype="float32"):
+def count(widths, group=0, dtype="float32"):
     net = slimmable.build(lambda w: TwoNorms(width=w), widths, SHAPE)
     net = dataclasses.replace(net, members={w: compute.wrap(m, dtype, group) for w, m in net.members.items()})
     tx = states.optimizer("sgd", momentum=0.9, nesterov=False, weight_decay=5e-4, decay="all", clip_norm=0.0)
     preprocess = lambda key, images: data.normalise(images, (0.5,) * 3, (0.25,) * 3)
-    step = teacher.make_step(net, tx, lambda s: 0.1, preprocess)
+    step = teacher.make_step(net, tx, lambda s: 0.1, preprocess, mesh)
     state = jax.eval_shape(lambda: states.create(0, *net.init(jax.random.key(0), SHAPE), tx))
     layout = sharding.shardings(mesh, state)
     placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
@@ -81,6 +81,7 @@ def count(widths, group, dtype="float32"):
 print(json.dumps({
     "two": count((0.5, 1.0), 0), "three": count((0.25, 0.5, 1.0), 0), "grouped": count((0.25, 0.5, 1.0), 16),
     "small groups": count((0.5, 1.0), 8), "bfloat16": count((0.5, 1.0), 16, "bfloat16"),
+    "parameters": sum(x.size for x in jax.tree.leaves(models.abstract(TwoNorms(), SHAPE)["params"])),
 }))
 """
 
@@ -109,6 +110,15 @@ def test_groups_within_a_device_leave_only_the_gradients_all_reduce(counts, grou
     assert counts[groups]["all-reduce"][0] == 1
 
 
-def test_bfloat16_adds_one_all_reduce_since_one_carries_one_type(counts):
+def test_bfloat16_gradients_are_summed_in_float32_with_the_rest(counts):
     assert set(counts["bfloat16"]) == {"all-reduce"}
-    assert counts["bfloat16"]["all-reduce"][0] == 2
+    assert counts["bfloat16"]["all-reduce"][0] == 1
+
+
+def test_the_gradient_is_sent_once_whatever_the_widths(counts):
+    """And not each width's: 1 + 0.5^2 + 0.25^2 = 1.31 times as much here."""
+    own_norms = 2 * 2 * (32 + 16 + 8)  # scales and biases of all three widths
+    statistics = 2 * own_norms  # a mean and a square, forward and backward
+    metrics = 2 * 3 * 2 + 4
+    least = 4 * (counts["parameters"] - 2 * 2 * 32 + own_norms)
+    assert least <= counts["three"]["all-reduce"][1] <= least + 4 * (statistics + metrics)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from conftest import IMAGE_SHAPE, close, family, varied
 
-from pwkd_jax import config, models, setting
+from pwkd_jax import config, models, setting, slimmable
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import compute
-from pwkd_jax.training import sharding
+from pwkd_jax.training import local, sharding
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,20 +41,39 @@ labels = rng.integers(0, 10, 96).astype(np.int32)
 raw = {"image": rng.integers(0, 256, (BATCH, *IMAGE_SHAPE)).astype(np.uint8), "label": labels[:BATCH],
        "index": np.arange(BATCH, dtype=np.int32)}
 
+class OwnNorm(nn.Module):
+    """Batch norm that nobody else knows to be one."""
+    use_running_average: bool
+    momentum: float
+
+    @nn.compact
+    def __call__(self, x):
+        mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        if self.use_running_average:
+            return scale * (x - mean.value)
+        found = x.mean((0, 1, 2))
+        if not self.is_initializing():
+            mean.value = self.momentum * mean.value + (1 - self.momentum) * found
+        return scale * (x - found)
+
 class Pair(nn.Module):
     """Two convolutions with batch norm; the second is just large enough to be split."""
     width: float = 1.0
+    norm: type = nn.BatchNorm
 
     @nn.compact
     def __call__(self, x, train=False):
         for _ in range(2):
             x = nn.Conv(models.channels(48, self.width), (3, 3), strides=2, use_bias=False)(x)
-            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+            x = nn.relu(self.norm(use_running_average=not train, momentum=0.9)(x))
         return models.Outputs(nn.Dense(10, name="classifier")(x.mean((1, 2))), (x,), (x,), x.mean((1, 2)))
 
 tx = states.optimizer("sgd", momentum=0.9, nesterov=False, weight_decay=5e-4, decay="all", clip_norm=0.0)
 preprocess = lambda key, images: data.normalise(images, (0.5,) * 3, (0.25,) * 3)
 pair = slimmable.build(lambda w: Pair(width=w), (0.5, 1.0), IMAGE_SHAPE)
+drawing = slimmable.build(lambda w: Pair(width=w), (0.5, 1.0), IMAGE_SHAPE, pool=(0.75, 0.875), batch_norm="private_stats")
+strange = slimmable.build(lambda w: Pair(width=w, norm=OwnNorm), (0.5, 1.0), IMAGE_SHAPE)
 pupil = Pair()
 like = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32 if k == "image" else jnp.int32) for k, v in raw.items()}
 like["dataset_label"] = jax.ShapeDtypeStruct(labels.shape, jnp.int32)
@@ -63,15 +82,17 @@ outputs = lambda m: jax.eval_shape(lambda v, x: models.apply(m, v, x, train=Fals
 # SP compares every image of the batch with every other one.
 fitted = distillers.build(distillers.create("kd+sp"), outputs(pupil), {1.0: outputs(pair.members[1.0])}, like)
 
-def steps(model, how, group=0, learns=True):
+def steps(model, how, group=0, learns=True, net=pair, **sandwich):
     """Losses and states after two steps of teacher and student, the teacher's state, and what of it taught."""
     mesh = sharding.make_mesh(model)
-    net = dataclasses.replace(pair, members={w: compute.wrap(m, group=group) for w, m in pair.members.items()})
+    net = dataclasses.replace(net, members={w: compute.wrap(m, group=group) for w, m in net.members.items()})
     batch = sharding.put_batch(mesh, raw)
     make = sharding.creator(
         mesh, lambda seed: states.create(seed, *net.init(jax.random.key(seed), IMAGE_SHAPE), tx), how, 0)
     state = make(0)
-    step = sharding.jit_step(mesh, teacher.make_step(net, tx, lambda s: 0.1, preprocess, loss="inplace_mix"), make.layout)
+    own = mesh if how == "replicated" else None
+    step = sharding.jit_step(mesh, teacher.make_step(net, tx, lambda s: 0.1, preprocess, own, loss="inplace_mix", **sandwich),
+                             make.layout)
     losses = []
     for _ in range(2):
         before, (state, metrics) = state, step(state, batch)
@@ -94,12 +115,15 @@ def steps(model, how, group=0, learns=True):
 def save(name, leaves):
     np.savez(out / f"{name}.npz", *leaves)
 
+drawn = {"net": drawing, "sampling": "sandwich", "subnetworks": 3, "learns": False}
+save(f"{count} drawn", steps(1, "replicated", **drawn)[0])
+save(f"{count} strange", steps(1, "replicated", net=strange, learns=False)[0])
 if count == 1:
     save("one", steps(1, "replicated")[0])
     save("one groups", steps(1, "replicated", 4)[0])
     save("one wide groups", steps(1, "replicated", 16, learns=False)[0])
 else:
-    for model, how in ((1, "replicated"), (1, "fsdp"), (2, "fsdp")):
+    for model, how in ((1, "replicated"), (2, "replicated"), (1, "fsdp"), (2, "fsdp")):
         leaves, state, taught = steps(model, how)
         save(f"{count // model}x{model} {how}", leaves)
         parts = [(x.size, x.addressable_shards[0].data.size) for x in jax.tree.leaves((state.params, state.opt_state, taught))]
@@ -155,13 +179,25 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize(
     ("eight", "one"),
     [
-        ("8x1 replicated", "one"), ("8x1 fsdp", "one"), ("4x2 fsdp", "one"), ("8x1 groups", "one groups"),
-        ("8x1 wide groups", "one wide groups"),
+        ("8x1 replicated", "one"), ("4x2 replicated", "one"), ("8x1 fsdp", "one"), ("4x2 fsdp", "one"),
+        ("8x1 groups", "one groups"), ("8x1 wide groups", "one wide groups"), ("8 drawn", "1 drawn"),
+        ("8 strange", "1 strange"),
     ],
 )  # fmt: skip
 def test_eight_devices_equal_one(runs, eight, one):
     for x, y in zip(runs(eight), runs(one), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch", "group", "own"),
+    [(8, 32, 0, True), (1, 32, 0, False), (8, 32, 4, True), (8, 32, 2, True), (8, 32, 8, False), (3, 32, 0, False)],
+)
+def test_devices_take_their_own_gradient_where_batch_norm_allows(devices, batch, group, own):
+    net = slimmable.build(lambda w: family(w), (0.5, 1.0), IMAGE_SHAPE)
+    net = dataclasses.replace(net, members={w: compute.wrap(m, group=group) for w, m in net.members.items()})
+    mesh = jax.sharding.AbstractMesh((devices, 1), ("data", "model"))
+    assert local.possible(net, mesh, (batch, *IMAGE_SHAPE)) is own
 
 
 def test_groups_of_other_sizes_are_other_numbers(runs):

@@ -8,25 +8,29 @@ import optax
 
 from pwkd_jax import data, slimmable
 from pwkd_jax.slimmable import Slimmable
-from pwkd_jax.training import metrics, sharding
+from pwkd_jax.training import local, metrics, sharding
 from pwkd_jax.training.state import State, apply_gradients, rng
 
 
-def make_step(net: Slimmable, tx: optax.GradientTransformation, schedule, preprocess, **sandwich) -> Callable:
+def make_step(
+    net: Slimmable, tx: optax.GradientTransformation, schedule, preprocess, mesh: jax.sharding.Mesh | None = None, **sandwich
+) -> Callable:
     """step(state, batch) -> (state, metrics): one optimiser update from the gradients of all sub-networks together.
 
-    preprocess(key, uint8 images) -> float images, augmented. sandwich: the keywords of `slimmable.sandwich_loss`.
+    preprocess(key, uint8 images) -> float images, augmented. sandwich: the keywords of `slimmable.sandwich_loss`. mesh: that of
+    the state's arrays where each device along `data` has the parameters whole; the step then communicates less.
     """
+
+    def loss_fn(params, statistics, key, images, labels):
+        return slimmable.sandwich_loss(net, params, statistics, images, labels, key=key, **sandwich)
+
+    gradient = local.value_and_grad(loss_fn, net, mesh) if mesh else jax.value_and_grad(loss_fn, has_aux=True)
 
     def step(state: State, batch: dict):
         images = preprocess(rng(state, 0), batch["image"])
-
-        def loss_fn(params):
-            return slimmable.sandwich_loss(
-                net, params, state.collections, images, batch["label"], key=rng(state, 1), **sandwich
-            )
-
-        (loss, (statistics, values)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, (statistics, values)), grads = gradient(
+            state.params, state.collections, rng(state, 1), images, batch["label"]
+        )
         state, rate = apply_gradients(state, grads, statistics, tx, schedule)
         return state, metrics.collect({"train_loss": loss, "learning_rate": rate, **values})
 
