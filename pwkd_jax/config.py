@@ -19,6 +19,7 @@ from pwkd_jax import distillers, models, slimmable, stages
 from pwkd_jax.defaults import default, leaves
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import compute
+from pwkd_jax.training import together
 
 # Reading.
 
@@ -230,6 +231,12 @@ def check(config: ConfigDict) -> None:
 
     one_of("student.budget", ("total", "per_stage"))
     one_of("student.connectors", ("leading", "reinit"))
+    one_of("student.batches", ("own", "shared"))
+    one_of("student.together", together.HOW)
+    need("student.together", s.together in ("auto", "none") or s.batches == "shared",
+         "auto or none where student.batches is 'own', for students in one program share their batches")  # fmt: skip
+    need("student.together", s.together != "devices" or (s.sharding == s.teacher_sharding == "replicated" and
+         c.mesh.model == 1), "another where networks are split over devices")  # fmt: skip
     one_of("student.schedule.cycles", ("per_stage", "single"))
     one_of("student.schedule.single_form", ("", *stages.CYCLES))
     need("student.reset", set(s.reset) <= {"momentum", "batch_norm", "weights"}, "from momentum, batch_norm, weights")

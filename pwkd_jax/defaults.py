@@ -103,6 +103,8 @@ def default() -> ConfigDict:
         "same_crop": True,  # the teacher sees the student's augmented images
         "ensemble": 2,  # stage-end snapshots in the extra row of the results
         "batch_size": 64,
+        "batches": "own",  # every seed its own order and augmentation; shared: those of the first seed, so that all can train
+        "together": "auto",  # with shared batches, in one program: auto, unroll, scan, vmap, devices (one each) or none
         "sharding": "replicated",  # as the teacher's
         "teacher_sharding": "replicated",  # of the frozen sub-network that teaches
     })  # fmt: skip

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
-import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from pwkd_jax import lending, programs, slimmable, stages, weights
+from pwkd_jax import lending, programs, runs, slimmable, stages, study, weights
 from pwkd_jax.config import leaves
 from pwkd_jax.errors import UserError
 from pwkd_jax.files import replace
@@ -26,14 +25,14 @@ from pwkd_jax.models import costs
 from pwkd_jax.reporting import summary as reporting
 from pwkd_jax.reporting.environment import environment
 from pwkd_jax.setting import Setting, prepare
-from pwkd_jax.training import distributed, loop, preemption, student, teacher
+from pwkd_jax.training import distributed, loop, preemption, teacher
 from pwkd_jax.training import state as states
 
 # Keys that may change between two commands in one workdir: they add runs to it, or change nothing of a finished one.
 FREE = (
     "name", "arms", "seeds", "data.data_dir", "data.workers", "data.on_device", "steps_per_dispatch", "teacher.run",
     "student.ensemble", "log.every", "log.tensorboard", "checkpoint.every", "mesh.model", "teacher.sharding",
-    "student.sharding", "student.teacher_sharding",
+    "student.sharding", "student.teacher_sharding", "student.together",
 )  # fmt: skip
 
 
@@ -49,20 +48,12 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     _announce(setting, wanted)
 
     taught = {name: functools.cache(functools.partial(_teach, setting, workdir, name)) for name in wanted}
-    teacher_results = {name: _result(workdir / "teacher" / name) or taught[name]()[1] for name in wanted}
-    runs = []
+    teacher_results = {name: runs.result(workdir / "teacher" / name) or taught[name]()[1] for name in wanted}
+    students = []
     for arm, plan in plans.items():
-        source = plan[0].teacher
-        steps = functools.cache(functools.partial(programs.student_steps, setting, plan, distillations.get(source)))
-        for seed in range(config.seed, config.seed + config.seeds):
-            directory = workdir / "students" / arm / f"seed{seed}"
-            result = _result(directory)
-            if result is None:
-                frozen = taught[source]()[0] if source in taught else {}
-                result = _study(setting, directory, arm, plan, seed, steps(), frozen, distillations.get(source))
-            runs.append(result)
+        students += _students(setting, workdir, arm, plan, taught.get(plan[0].teacher), distillations.get(plan[0].teacher))
 
-    known = [*([] if config.teacher.run else teacher_results.values()), *runs]
+    known = [*([] if config.teacher.run else teacher_results.values()), *students]
     summary = reporting.build(
         name=config.name,
         config=json.loads(config.to_json()),
@@ -70,7 +61,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
         data=setting.facts,
         teachers=teacher_results,
         student={"model": _title(config.student.model, config.student.width), **_costs(setting, setting.student)},
-        runs=runs,
+        runs=students,
         seconds=sum(r["seconds"] for r in known),
         ensemble_members=config.student.ensemble,
     )
@@ -88,7 +79,7 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
     c, net, directory = setting.config.teacher, setting.teachers[name], workdir / "teacher" / name
     if c.run:
         distributed.decide(lambda: lending.copy(Path(c.run), workdir, name))
-    if result := _result(directory):
+    if result := runs.result(directory):
         paths = {w: directory / f"width_{slimmable.width_key(w)}.safetensors" for w in net.table}
         # A file has no place for a collection without arrays: a model without batch norm has one.
         frozen = {w: {key: {} for key in net.likes[w]} | weights.read(path, c.model)[0] for w, path in paths.items()}
@@ -111,7 +102,7 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
 
     state = create(setting.config.seed, setting.start.get(name))
     overview = parameter_overview.get_parameter_overview(net.extract(state.params, state.collections, net.widest)["params"])
-    _write(directory / "parameters.txt", overview + "\n")
+    runs.write(directory / "parameters.txt", overview + "\n")
     state, rows = loop.run(
         directory, f"teacher/{name}", state, [loop.Segment(total, step, lambda s: s)],
         setting.batches(c.batch_size, setting.config.seed), evaluate, setting.cadence(total, c.batch_size),
@@ -130,8 +121,8 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
             }
             for w, key in keys.items()
         ],
-        "curve": [_row(r) | {"top1": {slimmable.width_key(w): r[k] for w, k in keys.items()}} for r in evaluated],
-        **_effort(rows, total, c.batch_size, images),
+        "curve": [runs.point(r) | {"top1": {slimmable.width_key(w): r[k] for w, k in keys.items()}} for r in evaluated],
+        **runs.effort(rows, total, c.batch_size, images),
     }
     frozen = freeze(state)
     _keep(setting, directory, name, frozen, result)
@@ -162,89 +153,27 @@ def _keep(setting: Setting, directory: Path, name: str, frozen: dict[float, dict
         source = {"run": f"teacher/{name}", "steps": result["steps"], "top1": top1[width]}
         card = setting.card(c.model, width, c.divisor, source)
         weights.write(directory / f"width_{slimmable.width_key(width)}.safetensors", variables, card)
-    _write(directory / "result.json", json.dumps(result))
+    runs.write(directory / "result.json", json.dumps(result))
 
 
-# The student.
-
-
-def _study(setting: Setting, directory: Path, arm: str, plan, seed: int, steps, frozen, distillation) -> dict:
-    """The result of one student: one arm, one seed."""
-    c, images = setting.config.student, len(setting.dataset.train)
-    total, ends, tx = plan[-1].end, [s.end for s in plan], setting.optimizer("student")
-    create, steps = steps
-
-    def fresh() -> states.State:
-        return create(seed, setting.start.get("student"))
-
-    def enter(state: states.State) -> states.State:
-        if not int(state.step):
-            return state
-        return setting.place(student.enter_stage(state, fresh, tx, c.reset, c.connectors), c.sharding)
-
-    def judged(state: states.State) -> tuple:
-        """(model, variables) whose logits count: the student's, unless its distiller has the last word on them."""
-        if distillation is None or not distillation.predicts:
-            return setting.student, student.variables(state)
-        stage = next(s for s in plan if int(state.step) <= s.end)
-        width, net = max(stage.widths), setting.teachers[stage.teacher]
-        model = student.Assisted(setting.student, net.members[width], distillation, width)
-        return model, model.variables(state, frozen[width])
-
-    def evaluate(state: states.State) -> dict[str, float]:
-        score = setting.evaluator(*judged(state))
-        return {"top1": score["top1"], "test_loss": score["loss"]}
-
-    segments = [
-        loop.Segment(s.end, functools.partial(steps[s.widths], teacher={w: frozen[w] for w in s.widths}), enter)
-        for s in plan
-    ]
-    state = fresh()
-    overview = parameter_overview.get_parameter_overview(state.params)
-    _write(directory / "parameters.txt", overview + "\n")
-    state, rows = loop.run(
-        directory, f"{arm}/seed{seed}", state, segments, setting.batches(c.batch_size, seed), evaluate,
-        setting.cadence(total, c.batch_size), images=images, batch_size=c.batch_size, texts={"parameters": overview},
-        keep=ends,
-    )  # fmt: skip
-    evaluated = [r for r in rows if "top1" in r]
-    at_step = {r["step"]: r["top1"] for r in evaluated}
-    saved = loop.snapshots(directory, state, ends) if len(ends) > 1 else []
-    ensemble = setting.evaluator.ensemble_top1([judged(s) for s in saved])
-    rates = stages.table(setting.schedule("student", *setting.spans(plan)), total)
-    shown = np.unique(np.concatenate([np.linspace(0, total - 1, min(total, 360)).astype(int), np.array(ends) - 1]))
-    result = {
-        "arm": arm,
-        "seed": seed,
-        "plan": [s._asdict() for s in plan],
-        "cycles": setting.spans(plan)[0],
-        "top1_last": evaluated[-1]["top1"],
-        "top1_best": max(r["top1"] for r in evaluated),
-        "stage_ends": [at_step[end] for end in ends],
-        "ensemble": [{"members": m + 1, "top1": score} for m, score in enumerate(ensemble)],
-        "curve": [_row(r) | {"top1": r["top1"]} for r in evaluated],
-        "learning_rates": [[int(s), float(rates[s])] for s in shown],
-        **_effort(rows, total, c.batch_size, images),
-    }
-    _write(directory / "result.json", json.dumps(result))
-    return json.loads(json.dumps(result))
+def _students(setting: Setting, workdir: Path, arm: str, plan, taught, distillation) -> list[dict]:
+    """The results of an arm's students, by seed; those that are not trained yet are now, together if the config says so."""
+    c, directory = setting.config, workdir / "students" / arm
+    seeds = range(c.seed, c.seed + c.seeds)
+    found = {seed: runs.result(directory / f"seed{seed}") for seed in seeds}
+    pending = [seed for seed in seeds if found[seed] is None]
+    several = setting.several(len(pending))
+    groups = [pending] if several else [[seed] for seed in pending]
+    if pending:
+        steps = programs.student_steps(setting, plan, distillation, several)
+        own = study.Arm(setting, arm, plan, distillation, taught()[0] if taught else {})
+    for group in groups:
+        preemption.check()
+        found |= dict(zip(group, study.study(own, directory, group, steps, several), strict=True))
+    return list(found.values())
 
 
 # Around them.
-
-
-def _row(row: dict) -> dict:
-    return {key: row[key] for key in ("step", "epoch", "learning_rate", "train_loss")}
-
-
-def _effort(rows: list[dict], total: int, batch_size: int, images: int) -> dict:
-    """The median rate is that of a window without compilation; seconds count everything that was kept."""
-    return {
-        "steps": total,
-        "epochs": total * batch_size / images,
-        "seconds": sum(r["seconds"] for r in rows),
-        "images_per_second": float(np.median([r["images_per_second"] for r in rows])),
-    }
 
 
 def _costs(setting: Setting, model: nn.Module) -> dict[str, int]:
@@ -254,18 +183,6 @@ def _costs(setting: Setting, model: nn.Module) -> dict[str, int]:
 
 def _title(name: str, width: float) -> str:
     return name if width == 1 else f"{name} at width {width:g}"
-
-
-def _result(directory: Path) -> dict | None:
-    """What a finished run left, or None: then it is this run's turn. Raises Preempted between runs."""
-    preemption.check()
-    path = directory / "result.json"
-    return distributed.decide(lambda: json.loads(path.read_text()) if path.exists() else None)
-
-
-def _write(path: Path, content: str) -> None:
-    if distributed.primary():
-        replace(path, content)
 
 
 def _claim(workdir: Path, config: ConfigDict, facts: dict) -> None:

@@ -1,5 +1,6 @@
 """The compiled programs of an experiment: what training runs and pre-flight compiles for a pod, built in one place."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from pwkd_jax import distillers, stages
 from pwkd_jax.setting import Setting, wants_labels
-from pwkd_jax.training import dispatch, sharding, student, teacher
+from pwkd_jax.training import dispatch, sharding, student, teacher, together
 
 
 def teacher_step(setting: Setting, name: str) -> tuple[Callable, Callable]:
@@ -29,16 +30,22 @@ def teacher_step(setting: Setting, name: str) -> tuple[Callable, Callable]:
 
 
 def student_steps(
-    setting: Setting, plan: Sequence[stages.Stage], distillation: distillers.Distillation | None
-) -> tuple[Callable, dict[tuple[float, ...], Callable]]:
-    """(creator of the first state, {widths: compiled step(state, batch, teacher)}) of an arm, for all its seeds and stages."""
+    setting: Setting, plan: Sequence[stages.Stage], distillation: distillers.Distillation | None,
+    several: together.Several | None = None,
+) -> tuple[Callable, dict[tuple[float, ...], Callable]]:  # fmt: skip
+    """(creator of the first state, {widths: compiled step(state, batch, teacher)}) of an arm, for all its seeds and stages.
+
+    several: of so many students at once.
+    """
+    setting = setting.on(several)
     c, net = setting.config.student, setting.teachers.get(plan[0].teacher)
     schedule = setting.schedule("student", *setting.spans(plan))
-    create, steps = setting.student_state(distillation), {}
+    create, steps = setting.student_state(distillation, several), {}
     for widths in dict.fromkeys(stage.widths for stage in plan):
         step = student.make_step(
             setting.student, net.members if net else {}, widths, distillation, plan, setting.optimizer("student"),
             schedule, setting.preprocess, images=len(setting.dataset.train), same_crop=c.same_crop,
+            data_seed=setting.config.seed if c.batches == "shared" else None, several=several,
         )  # fmt: skip
         steps[widths] = sharding.jit_step(setting.mesh, dispatch.many(step, setting.dataset.image_shape), create.layout)
     return create, steps
@@ -107,26 +114,30 @@ def _teacher(setting: Setting, name: str, trained: bool) -> list[Program]:
 def _student(setting: Setting, plan: Sequence[stages.Stage], distillation) -> Iterator[tuple[tuple, Program]]:
     """((kind, widths, widest), program) of an arm."""
     c, name = setting.config.student, plan[0].teacher
-    create, steps = student_steps(setting, plan, distillation)
+    several = setting.several(setting.config.seeds)
+    create, steps = student_steps(setting, plan, distillation, several)
+    like = jax.eval_shape(functools.partial(together.member, index=0), create.like) if several else create.like
     widest = setting.teachers[name].widest if name in setting.teachers else 0.0
     for widths, step in steps.items():
-        args, frozen = (create.like, _batch(setting, c.batch_size)), {w: _frozen(setting, name, w) for w in widths}
-        runs = setting.config.seeds * sum(s.end - s.start for s in plan if s.widths == widths)
+        here = setting.on(several)
+        args, frozen = (create.like, _batch(here, c.batch_size)), {w: _frozen(here, name, w) for w in widths}
+        runs = (1 if several else setting.config.seeds) * sum(s.end - s.start for s in plan if s.widths == widths)
         drawn = "drawn" if len(widths) > 1 else "".join(f"{w:g}" for w in widths)
-        title = f"student step, teacher {drawn}" if widths else "student step, no teacher"
+        students = f"{several.count} students' step" if several else "student step"
+        title = f"{students}, teacher {drawn}" if widths else f"{students}, no teacher"
         program = Program(title, step, args, {"teacher": frozen}, c.batch_size, "student.batch_size", runs)
         yield ("step", widths, widest), program
     if distillation is not None and distillation.predicts:  # the distiller has the last word on the logits, by width
         for stage in plan:
             width = max(stage.widths)
             model = student.Assisted(setting.student, setting.teachers[name].members[width], distillation, width)
-            variables = model.variables(create.like, _frozen(setting, name, width))
+            variables = model.variables(like, _frozen(setting, name, width))
             runs = setting.config.seeds * _evaluations(setting, [stage.end], c.batch_size, stage.start)
             title = f"student eval., teacher {width:g}"
             yield ("evaluation", (width,), widest), _evaluation(setting, title, model, variables, runs)
     else:
         runs = setting.config.seeds * _evaluations(setting, [s.end for s in plan], c.batch_size)
-        variables = student.variables(create.like)
+        variables = student.variables(like)
         yield ("evaluation", (), 0.0), _evaluation(setting, "student evaluation", setting.student, variables, runs)
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from pwkd_jax import data, distillers, models, ordering, slimmable, stages, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import compute
-from pwkd_jax.training import dispatch, loop, sharding, student
+from pwkd_jax.training import dispatch, loop, sharding, student, together
 from pwkd_jax.training import state as states
 from pwkd_jax.training.evaluation import Evaluator
 
@@ -89,15 +90,31 @@ class Setting:
 
         return sharding.creator(self.mesh, make, self.config.teacher.sharding, 0, self.start.get(name))
 
-    def student_state(self, distillation: distillers.Distillation | None) -> Callable:
-        """The same of a student, by `student.sharding`."""
+    def several(self, count: int) -> together.Several | None:
+        """How `count` students that are still to be trained train in one program; None for one by one."""
+        c = self.config.student
+        return together.several(c.together, count, list(self.mesh.devices.flat)) if c.batches == "shared" else None
+
+    def on(self, several: together.Several | None) -> "Setting":
+        """The setting where those students train: on a mesh of their own if they have one."""
+        return dataclasses.replace(self, mesh=several.mesh) if several and several.mesh else self
+
+    def student_state(
+        self, distillation: distillers.Distillation | None, several: together.Several | None = None
+    ) -> Callable:
+        """The same of a student, by `student.sharding`; or of several, by their seeds [students]."""
 
         def make(seed, given):
             return student.init(
                 self.student, self.dataset.image_shape, distillation, self.optimizer("student"), seed, given
             )
 
-        return sharding.creator(self.mesh, make, self.config.student.sharding, 0, self.start.get("student"))
+        how, given = self.config.student.sharding, self.start.get("student")
+        if not several:
+            return sharding.creator(self.mesh, make, how, 0, given)
+        seeds = np.zeros(several.count, np.uint32)
+        layout = several.layout if several.mesh else None
+        return sharding.creator(self.mesh, together.stacked(make), how, seeds, given, layout=layout)
 
     def plan(self, arm: str) -> list[stages.Stage]:
         return plan(self.config, self.facts, arm)
@@ -272,4 +289,6 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh, dataset: data.Dataset) ->
     stage_lengths(c, facts)
     normalise = functools.partial(data.normalise, mean=mean, std=std)
     evaluator = Evaluator(mesh, dataset.test, c.evaluation.batch_size, normalise)
-    return Setting(config, dataset, facts, mesh, evaluator, nets, pupil, start)
+    setting = Setting(config, dataset, facts, mesh, evaluator, nets, pupil, start)
+    setting.several(c.seeds)
+    return setting

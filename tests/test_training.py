@@ -209,16 +209,16 @@ def test_resuming_anywhere_is_bit_identical():
 def test_momentum_is_carried_or_reset_and_weights_stay():
     bench = Bench(two_stages())
     at_end = bench.run(until=6)
-    kept = student.enter_stage(at_end, bench.fresh, bench.tx, (), "leading")
+    kept = student.enter_stage(at_end, bench.fresh, bench.tx.init, (), "leading")
     assert identical(kept, at_end)
-    reset = student.enter_stage(at_end, bench.fresh, bench.tx, ("momentum",), "leading")
+    reset = student.enter_stage(at_end, bench.fresh, bench.tx.init, ("momentum",), "leading")
     assert all(not np.any(x) for x in jax.tree.leaves(reset.opt_state)) and identical(reset.params, at_end.params)
-    twice = student.enter_stage(reset, bench.fresh, bench.tx, ("momentum",), "leading")
+    twice = student.enter_stage(reset, bench.fresh, bench.tx.init, ("momentum",), "leading")
     assert int(reset.step) == 6 and identical(reset, twice)
     assert not identical(bench.run(), bench.run(enter=lambda s: s.replace(opt_state=bench.tx.init(s.params))))
-    weights = student.enter_stage(at_end, bench.fresh, bench.tx, ("weights",), "leading")
+    weights = student.enter_stage(at_end, bench.fresh, bench.tx.init, ("weights",), "leading")
     assert identical(student.variables(weights), student.variables(bench.fresh()))
-    norm = student.enter_stage(at_end, bench.fresh, bench.tx, ("batch_norm",), "leading")
+    norm = student.enter_stage(at_end, bench.fresh, bench.tx.init, ("batch_norm",), "leading")
     assert identical(norm.collections, bench.fresh().collections) and identical(norm.params, at_end.params)
 
 
@@ -229,9 +229,9 @@ def test_connectors_survive_a_stage_or_start_anew():
     kernel = first.params["distiller"]["Dense_0"]["kernel"]
     assert np.all(np.any(kernel[:, :4] != initial[:, :4], axis=0))  # the narrow stage trains its leading block
     assert np.array_equal(kernel[:, 4:], initial[:, 4:])  # and weight decay leaves what waits for the wide one alone
-    leading = student.enter_stage(first, bench.fresh, bench.tx, (), "leading")
+    leading = student.enter_stage(first, bench.fresh, bench.tx.init, (), "leading")
     assert identical(leading.params["distiller"], first.params["distiller"])
-    anew = student.enter_stage(first, bench.fresh, bench.tx, (), "reinit")
+    anew = student.enter_stage(first, bench.fresh, bench.tx.init, (), "reinit")
     assert identical(anew.params["distiller"], bench.fresh().params["distiller"])
     assert identical(anew.params["student"], first.params["student"])
     last = bench.run(first)

@@ -73,14 +73,14 @@ def shardings(mesh: Mesh, tree: Any, how: str = "replicated") -> Any:
     return jax.tree.map(one, tree)
 
 
-def creator(mesh: Mesh, make: Callable, how: str, *like) -> Callable:
+def creator(mesh: Mesh, make: Callable, how: str, *like, layout: Callable | None = None) -> Callable:
     """make(*args) -> tree, computed where its arrays will live: with fsdp no device ever holds all of it.
 
-    like: arguments of the same shapes, not kept. `.layout` of the result is the shardings of what it makes, `.like` its
-    ShapeDtypeStructs.
+    like: arguments of the same shapes, not kept. layout(tree) -> shardings, in place of `shardings` by `how`. `.layout` of the
+    result is the shardings of what it makes, `.like` its ShapeDtypeStructs.
     """
     made = jax.eval_shape(make, *like)
-    layout = shardings(mesh, made, how)
+    layout = layout(made) if layout else shardings(mesh, made, how)
     compiled = jax.jit(make, out_shardings=layout)
 
     def create(*args):

@@ -13,6 +13,7 @@ from pwkd_jax.distillers import Distillation, Progress
 from pwkd_jax.stages import Stage, place
 from pwkd_jax.training import metrics
 from pwkd_jax.training.state import State, apply_gradients, create, rng
+from pwkd_jax.training.together import Several
 
 
 def init(
@@ -49,47 +50,61 @@ def make_step(
     *,
     images: int,
     same_crop: bool = True,
+    data_seed: int | None = None,
+    several: Several | None = None,
 ) -> Callable:
     """step(state, batch, teacher) -> (state, metrics) for the stages that `widths` teach; no widths is no teacher.
 
     teacher: {width: frozen variables of the narrow model}, read in evaluation mode and never written. Several widths:
     one is drawn at each step. One program serves every stage with the same widths: what differs between them (learning
-    rate, steps seen in the stage) comes from the state's step. images: in one epoch.
+    rate, steps seen in the stage) comes from the state's step. images: in one epoch. data_seed: of augmentation and drawn
+    widths, in place of the state's own. several: the state is that of several students, see `together`.
     """
     locate = place(plan)
 
-    def step(state: State, batch: dict, teacher: dict[float, dict]):
-        inputs = preprocess(rng(state, 0), batch["image"])
-        teacher_images = inputs if same_crop else preprocess(rng(state, 2), batch["image"])
+    def train(state: State, batch: dict, teacher: dict[float, dict]):
+        common = state if data_seed is None else state.replace(seed=jnp.uint32(data_seed))
+        inputs = preprocess(rng(common, 0), batch["image"])
+        teacher_images = inputs if same_crop else preprocess(rng(common, 2), batch["image"])
         batch = batch | {"image": inputs}
         stage, seen = locate(state.step)
         progress = Progress(stage, seen, seen * (len(batch["label"]) / images))
 
-        def loss_fn(params, width: float | None):
-            variables = {"params": params["student"], "batch_stats": state.collections["batch_stats"]}
-            out, stats = models.apply(model, variables, inputs, train=True)
-            top1 = metrics.top1(out.logits, batch["label"])
-            if width is None:
-                loss = jnp.mean(slimmable.cross_entropy(out.logits, batch["label"]))
-                return loss, ({**state.collections, "batch_stats": stats}, {"train_top1": top1, "cross_entropy": loss})
-            taught, _ = models.apply(teachers[width], teacher[width], teacher_images, train=False)
-            loss, kept, values = distillation(
-                params["distiller"], state.collections["distiller"], width, out, taught, batch, progress, rng(state, 3)
-            )
-            return loss, ({"batch_stats": stats, "distiller": kept}, {"train_top1": top1, **values})
+        def taught_by(width: float | None):
+            taught = None
+            if width is not None:
+                taught, _ = models.apply(teachers[width], teacher[width], teacher_images, train=False)
 
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+            def loss_fn(params, state: State):
+                variables = {"params": params["student"], "batch_stats": state.collections["batch_stats"]}
+                out, stats = models.apply(model, variables, inputs, train=True)
+                top1 = metrics.top1(out.logits, batch["label"])
+                if width is None:
+                    loss = jnp.mean(slimmable.cross_entropy(out.logits, batch["label"]))
+                    return loss, ({**state.collections, "batch_stats": stats}, {"train_top1": top1, "cross_entropy": loss})
+                loss, kept, values = distillation(
+                    params["distiller"], state.collections["distiller"], width, out, taught, batch, progress, rng(state, 3)
+                )
+                return loss, ({"batch_stats": stats, "distiller": kept}, {"train_top1": top1, **values})
+
+            def learn(state: State):
+                (loss, (collections, values)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state)
+                before = state.params
+                state, rate = apply_gradients(state, grads, collections, tx, schedule)
+                if distillation is not None:
+                    state = state.replace(params=_hold(before, state.params, grads))
+                return state, {"train_loss": loss, "learning_rate": rate, **values}
+
+            return (several.each(learn) if several else learn)(state)
+
         if len(widths) > 1:
-            drawn = jax.random.randint(rng(state, 1), (), 0, len(widths))
-            branches = [lambda params, w=w: gradient(params, w) for w in widths]
-            (loss, (collections, values)), grads = jax.lax.switch(drawn, branches, state.params)
-        else:
-            (loss, (collections, values)), grads = gradient(state.params, widths[0] if widths else None)
-        before = state.params
-        state, rate = apply_gradients(state, grads, collections, tx, schedule)
-        if distillation is not None:
-            state = state.replace(params=_hold(before, state.params, grads))
-        return state, metrics.collect({"train_loss": loss, "learning_rate": rate, **values})
+            drawn = jax.random.randint(rng(common, 1), (), 0, len(widths))
+            return jax.lax.switch(drawn, [lambda w=w: taught_by(w) for w in widths])
+        return taught_by(widths[0] if widths else None)
+
+    def step(state: State, batch: dict, teacher: dict[float, dict]):
+        state, values = (several.spread(train) if several else train)(state, batch, teacher)
+        return state, metrics.collect(several.named(values) if several else values)
 
     return step
 
@@ -109,12 +124,13 @@ def _hold(before: dict, after: dict, grads: dict) -> dict:
 
 
 def enter_stage(
-    state: State, fresh: Callable[[], State], tx: optax.GradientTransformation, reset: Sequence[str], connectors: str
+    state: State, fresh: Callable[[], State], init: Callable, reset: Sequence[str], connectors: str
 ) -> State:
     """The state with which a stage after the first begins; step and seed always carry over.
 
     reset: any of `momentum`, `batch_norm` (the student's statistics), `weights`; the rest carries over. connectors:
-    `leading` keeps the distiller's parameters, `reinit` starts them and its state anew. fresh: gives the initial state.
+    `leading` keeps the distiller's parameters, `reinit` starts them and its state anew. fresh: gives the initial state;
+    init: the optimiser's, of parameters.
     Doing it twice is doing it once, so a run killed at a stage's first step resumes to the same bits.
     """
     params, collections = dict(state.params), dict(state.collections)
@@ -125,7 +141,7 @@ def enter_stage(
     if connectors == "reinit":
         params["distiller"] = fresh().params["distiller"]
         collections["distiller"] = fresh().collections["distiller"]
-    opt_state = tx.init(params) if "momentum" in reset else state.opt_state
+    opt_state = init(params) if "momentum" in reset else state.opt_state
     return state.replace(params=params, collections=collections, opt_state=opt_state)
 
 
