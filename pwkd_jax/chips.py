@@ -45,6 +45,21 @@ GPUS = {c.name: c for c in (
 )}  # fmt: skip
 
 
+# What JAX calls the devices of these.
+_KINDS = {"TPU v3": "v3", "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p",
+          "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x", "A100": "a100", "H100": "h100", "H200": "h200"}  # fmt: skip
+
+
+def of_kind(kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`, or None. Of a v3 or tpu7x, whose chip is two devices, half of it."""
+    name = next((chip for words, chip in _KINDS.items() if words in kind), None)
+    chip = TPUS.get(name) or GPUS.get(name)
+    if name in ("v3", "tpu7x"):
+        halves = {key: getattr(chip, key) / 2 for key in ("peak", "peak_float32", "bandwidth", "links")}
+        return chip._replace(memory=chip.memory // 2, **halves)
+    return chip
+
+
 class Topology(NamedTuple):
     """shape: chips along each axis; () of a machine with GPUs. chip: None of `cuda`, a card that is not named."""
 

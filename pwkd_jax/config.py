@@ -19,7 +19,7 @@ from pwkd_jax import distillers, models, slimmable, stages
 from pwkd_jax.defaults import default, leaves
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import compute
-from pwkd_jax.training import together
+from pwkd_jax.training import profile, together
 
 # Reading.
 
@@ -173,6 +173,8 @@ def check(config: ConfigDict) -> None:
     for arm in c.arms:
         need("arms", arm in stages.ARMS, "from " + ", ".join(stages.ARMS))
     one_of("dtype", compute.DTYPES)
+    if c.profile:
+        profile.parse(c.profile)
     need("batch_norm_group", c.batch_norm_group >= 0, "0 (the global batch) or a number of images")
     need("mesh.model", c.mesh.model >= 1, "1 (pure data parallelism) or the number of devices that share a network")
     for key in ("teacher.sharding", "student.sharding", "student.teacher_sharding"):

@@ -118,6 +118,7 @@ def default() -> ConfigDict:
     config.evaluation = ConfigDict({"every": "1 epoch", "batch_size": 512})
     config.checkpoint = ConfigDict({"every": "10 %"})  # of the teacher's or the student's run; stage ends always
     config.log = ConfigDict({"every": "50 steps", "tensorboard": True})
+    config.profile = ""  # part of a run's name and steps, as in pwkd/seed0:100-110: a trace of them in RUN/profile
     return config.lock()
 
 

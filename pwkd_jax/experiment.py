@@ -32,7 +32,7 @@ from pwkd_jax.training import state as states
 FREE = (
     "name", "arms", "seeds", "data.data_dir", "data.workers", "data.on_device", "steps_per_dispatch", "teacher.run",
     "student.ensemble", "log.every", "log.tensorboard", "checkpoint.every", "mesh.model", "teacher.sharding",
-    "student.sharding", "student.teacher_sharding", "student.together",
+    "student.sharding", "student.teacher_sharding", "student.together", "profile",
 )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def _teach(setting: Setting, workdir: Path, name: str) -> tuple[dict[float, dict
     state, rows = loop.run(
         directory, f"teacher/{name}", state, [loop.Segment(total, step, lambda s: s)],
         setting.batches(c.batch_size, setting.config.seed), evaluate, setting.cadence(total, c.batch_size),
-        images=images, batch_size=c.batch_size, texts={"parameters": overview},
+        images=images, batch_size=c.batch_size, texts={"parameters": overview}, profiled=setting.config.profile,
     )  # fmt: skip
     evaluated = [r for r in rows if any(k.startswith("top1_") for k in r)]
     keys = {w: f"top1_{slimmable.width_key(w)}" for w in sorted(net.table)}

@@ -111,6 +111,14 @@ def _teacher(setting: Setting, name: str, trained: bool) -> list[Program]:
     return found
 
 
+def student_title(widths: tuple[float, ...], several: together.Several | None, teacher: str = "slimmable") -> str:
+    students = f"{several.count} students' step" if several else "student step"
+    if not widths:
+        return f"{students}, no teacher"
+    kind = "" if teacher == "slimmable" else f"{teacher} "
+    return f"{students}, {kind}teacher {'drawn' if len(widths) > 1 else format(widths[0], 'g')}"
+
+
 def _student(setting: Setting, plan: Sequence[stages.Stage], distillation) -> Iterator[tuple[tuple, Program]]:
     """((kind, widths, widest), program) of an arm."""
     c, name = setting.config.student, plan[0].teacher
@@ -122,9 +130,7 @@ def _student(setting: Setting, plan: Sequence[stages.Stage], distillation) -> It
         here = setting.on(several)
         args, frozen = (create.like, _batch(here, c.batch_size)), {w: _frozen(here, name, w) for w in widths}
         runs = (1 if several else setting.config.seeds) * sum(s.end - s.start for s in plan if s.widths == widths)
-        drawn = "drawn" if len(widths) > 1 else "".join(f"{w:g}" for w in widths)
-        students = f"{several.count} students' step" if several else "student step"
-        title = f"{students}, teacher {drawn}" if widths else f"{students}, no teacher"
+        title = student_title(widths, several)
         program = Program(title, step, args, {"teacher": frozen}, c.batch_size, "student.batch_size", runs)
         yield ("step", widths, widest), program
     if distillation is not None and distillation.predicts:  # the distiller has the last word on the logits, by width

@@ -122,6 +122,7 @@ def _train(arm: Arm, directory: Path, label: str, seed, steps: tuple, several: S
     return loop.run(
         directory, label, state, segments, batches, evaluate, setting.cadence(arm.ends[-1], c.batch_size),
         images=len(setting.dataset.train), batch_size=c.batch_size, texts={"parameters": overview}, keep=arm.ends,
+        profiled=setting.config.profile,
     )  # fmt: skip
 
 

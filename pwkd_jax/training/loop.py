@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from pwkd_jax.errors import UserError
-from pwkd_jax.training import distributed, preemption
+from pwkd_jax.training import distributed, preemption, profile
 from pwkd_jax.training.checkpoints import Checkpoints
 from pwkd_jax.training.metrics import Running
 from pwkd_jax.training.state import State
@@ -72,10 +72,12 @@ def run(
     batch_size: int,
     texts: dict[str, str],
     keep: Sequence[int] = (),
+    profiled: str = "",
 ) -> tuple[State, list[dict]]:
     """Train `state` through all segments in `directory`, from its latest checkpoint if it has one.
 
-    Evaluates and saves at the end of every segment besides the cadence. images: in one epoch. texts: written once.
+    Evaluates and saves at the end of every segment besides the cadence. images: in one epoch. texts: written once. profiled:
+    see `profile.parse`.
     Returns the final state and the rows of metrics.jsonl: {"step", "epoch", "seconds", "train_loss", ...,
     "images_per_second"}, and what `evaluate` returned where it ran. Raises UserError when the loss is not finite, and
     Preempted once it has saved what a resumed run needs to write the same rows as an unbroken one.
@@ -94,6 +96,7 @@ def run(
         writer.write_texts(0, texts)
     progress = Progress(label, ends[-1], begin)
     running, clock = Running(), _Clock(begin)
+    trace = profile.trace(profiled, label, directory / "profile")
     if note:
         running.load(note["window"])
         clock.load(begin, note["clock"])
@@ -143,17 +146,20 @@ def run(
     try:
         if owed:
             record(begin, state, None)
+        trace.begin(begin)
         start = 0
         for segment in segments:
             if begin < segment.end:
                 if int(state.step) == start:
                     state = segment.enter(state)
-                state = fit(state, segment.step, pipeline, segment.end, (record, save, stop), due)
+                state = fit(state, segment.step, pipeline, segment.end, (trace, record, save, stop),
+                            lambda at: due(at) or trace.due(at))  # fmt: skip
             start = segment.end
     except jax.errors.JaxRuntimeError as e:
         distributed.leave(e)  # rather than wait for a save in which a dead process has a part
         raise
     finally:
+        trace.close()
         writer.flush()
         writer.close()
         checkpoints.close()

@@ -1,0 +1,352 @@
+"""How fast a config trains here, program by program: compile time, step time, images/s, utilisation, memory, waiting for input.
+
+    python -m pwkd_jax.benchmark --config=configs/digits.py
+    python -m pwkd_jax.benchmark --config=configs/cifar100.py --synthetic --only=teacher
+    python -m pwkd_jax.benchmark --config=configs/imagenet.py:resnet50-mobilenetv1 --config.dtype=bfloat16 --json > speed.json
+
+Times the very programs that training runs: the teacher's step at one width (plain) and at all of them, sliced and masked, every
+student stage, and the evaluations. --synthetic needs no data: random images of the config's shapes. Programs take turns, round
+by round, so that ratios hold on a busy machine too. Exits with code 2 and one sentence on a mistake.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from pwkd_jax import chips, config, data, programs, setting
+from pwkd_jax.data.outline import outline
+from pwkd_jax.errors import UserError
+from pwkd_jax.models import costs
+from pwkd_jax.reporting import benchmark as report
+from pwkd_jax.reporting.environment import environment
+from pwkd_jax.training import sharding, student
+
+FORMS = ("plain", "sliced", "masked")
+
+# Images that stand in for a data set: enough that gathering them is no cache's work, few enough to be made at once.
+SYNTHETIC = 4096
+
+
+class Case(NamedTuple):
+    """One program and what feeds it.
+
+    make() -> the first state, None of an evaluation; run: (state, batch) -> (state, anything), compiled by `lower`. batches: as
+    training has them. flops: of one step, by the models' multiply-accumulates, a backward pass counted twice a forward one.
+    """
+
+    name: str
+    lower: Callable[[Any, dict], jax.stages.Lowered]
+    make: Callable[[], Any]
+    extra: dict
+    batches: Callable
+    batch: int
+    flops: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and gives its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m pwkd_jax.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--synthetic", action="store_true", help="random images in place of the data set")
+    parser.add_argument("--only", default="", help="programs whose name has this word: teacher, sliced, student, ...")
+    parser.add_argument("--rounds", type=int, default=5, help="every program once a round")
+    parser.add_argument("--seconds", type=float, default=2.0, help="a program runs in a round, about")
+    parser.add_argument("--peak", type=float, default=0.0, help="TFLOP/s of a device, in place of what is known or measured")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--config", help="the config file and its argument; --config.KEY=VALUE overrides")
+    logging.set_verbosity(logging.ERROR)
+    if {"-h", "--help"} & {*argv}:
+        parser.print_help()
+        return 0
+    try:
+        settings, rest = config.load(argv)
+        options, unknown = parser.parse_known_args(rest)
+        if unknown:
+            raise UserError(f"'{unknown[0]}' is not an option; see --help")
+        if options.rounds < 1 or options.seconds <= 0 or options.peak < 0:
+            raise UserError("--rounds, --seconds and --peak: take 1 or more rounds, more than 0 seconds and no negative peak")
+        result = benchmark(
+            settings, synthetic=options.synthetic, only=options.only, rounds=options.rounds, seconds=options.seconds,
+            peak=options.peak * 1e12, tell=lambda line: print(line, file=sys.stderr, flush=True),
+        )  # fmt: skip
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    result["command"] = "python -m pwkd_jax.benchmark " + shlex.join(argv)
+    print(json.dumps(result, indent=2) if options.json else report.text(result))
+    return 0
+
+
+def benchmark(
+    settings: ConfigDict, *, synthetic: bool = False, only: str = "", rounds: int = 5, seconds: float = 2.0, peak: float = 0.0,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict:  # fmt: skip
+    """What the command prints, as plain data; tell: called with a line before every part. Raises UserError."""
+    if jax.process_count() > 1:
+        raise UserError("benchmark: is for one process; the steps of several are in their own metrics.jsonl")
+    # What is compiled is timed, so nothing may come from an earlier command.
+    jax.config.update("jax_enable_compilation_cache", False)
+    built = _synthetic(settings) if synthetic else setting.prepare(settings)
+    cases, notes = _cases(built)
+    wanted = [case for case in cases if only in case.name]
+    if not wanted:
+        raise UserError(f"--only: no program has '{only}' in its name; there are {', '.join(c.name for c in cases)}")
+    peak, source = (peak, "as given") if peak else _peak(settings.dtype)
+    timers = []
+    for number, case in enumerate(wanted, 1):
+        tell(f"{number}/{len(wanted)} compiling {case.name} ...")
+        timers.append(Timer(case, seconds))
+    for number in range(rounds):
+        tell(f"round {number + 1} of {rounds} ...")
+        for timer in timers:
+            timer.round()
+    rows = [timer.row(peak, built.mesh.size) for timer in timers]
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "config": settings.name,
+        "data": built.facts | {"synthetic": synthetic},
+        "dtype": settings.dtype,
+        "environment": environment() | {"processor": _processor()},
+        "peak_flops": peak,
+        "peak_source": source,
+        "device_peak_bytes": stats.get("peak_bytes_in_use"),
+        "programs": rows,
+        "forms": _forms(rows, built),
+        "notes": notes,
+    }
+
+
+def _synthetic(settings: ConfigDict) -> setting.Setting:
+    mesh = sharding.make_mesh(settings.mesh.model)
+    setting.check_batches(settings, mesh)
+    empty, _ = outline(settings)
+    rng, shape, classes = np.random.default_rng(0), empty.image_shape, empty.num_classes
+
+    def split(count: int) -> data.Split:
+        count = min(count, SYNTHETIC)
+        labels = rng.integers(0, classes, count).astype(np.int32)
+        return data.Split(rng.integers(0, 256, (count, *shape), np.uint8), labels)
+
+    dataset = data.Dataset(empty.name, split(len(empty.train)), split(len(empty.test)), classes)
+    bare = ConfigDict(settings).unlock()
+    bare.teacher.weights = bare.student.weights = ""
+    bare.data.image_size = 0  # its images are of one size, in RAM
+    return setting.build(bare, mesh, dataset)
+
+
+# What is timed.
+
+
+def _cases(built: setting.Setting) -> tuple[list[Case], list[str]]:
+    """(cases, why some are not there)."""
+    c, shape = built.config, built.dataset.image_shape
+    found, notes = [], []
+    macs = {w: costs.macs(net, shape) for w, net in built.teachers["slimmable"].members.items()}
+    own = costs.macs(built.student, shape)
+    for form in FORMS:
+        try:
+            found.append(_teacher(built, form, macs))
+        except UserError as e:
+            notes.append(f"teacher step, {form}: {e}")
+    seen = set()
+    for arm in c.arms:
+        plan = built.plan(arm)
+        net = built.teachers.get(plan[0].teacher)
+        several = built.several(c.seeds)
+        here, count = built.on(several), several.count if several else 1
+        widths = {w for s in plan for w in s.widths}
+        distillation = built.distillation(plan[0].teacher, widths) if widths else None
+        for stage in plan:
+            if (stage.teacher, stage.widths) in seen:
+                continue
+            seen.add((stage.teacher, stage.widths))
+            create, steps = programs.student_steps(built, [s for s in plan if s.widths == stage.widths][:1] or plan,
+                                                   distillation, several)  # fmt: skip
+            frozen = {w: here.place(_variables(net, shape, w)) for w in stage.widths}
+            taught = statistics.mean(costs.macs(net.members[w], shape) for w in stage.widths) if widths else 0.0
+            name = programs.student_title(stage.widths, several, stage.teacher)
+            seeds = np.arange(count, dtype=np.uint32) if several else 0
+            found.append(Case(
+                name, lambda state, batch, step=steps[stage.widths], frozen=frozen: step.lower(state, batch, teacher=frozen),
+                lambda create=create, seeds=seeds: create(seeds, None), {"teacher": frozen},
+                here.batches(c.student.batch_size, 0), c.student.batch_size,
+                c.student.batch_size * (6.0 * own * count + 2.0 * taught),
+            ))  # fmt: skip
+    slimmable = built.teachers["slimmable"]
+    for width in sorted(slimmable.table):
+        found.append(_evaluation(built, f"teacher {width:g} evaluation", slimmable.members[width],
+                                 _variables(slimmable, shape, width), macs[width]))  # fmt: skip
+    pupil = built.student_state(None)(0, None)
+    found.append(_evaluation(built, "student evaluation", built.student, student.variables(pupil), own))
+    return found, notes
+
+
+def _teacher(built: setting.Setting, form: str, macs: dict[float, int]) -> Case:
+    c = ConfigDict(built.config).unlock()
+    c.teacher.execution = "mask" if form == "masked" else "take"
+    # Rebuilt, so that a family which cannot be masked says so here.
+    other = built if c.teacher.execution == built.config.teacher.execution else setting.build(c, built.mesh, built.dataset)
+    name = "standard" if form == "plain" else "slimmable"
+    net = other.teachers[name]
+    create, step = programs.teacher_step(other, name)
+    if form == "plain":
+        work = macs.get(1.0) or costs.macs(net.members[1.0], built.dataset.image_shape)
+    elif c.teacher.sampling == "all":
+        work = sum(macs[w] for w in net.table)
+    else:
+        middle = net.widths[1:-1]
+        drawn = min(c.teacher.subnetworks - 2, len(middle))
+        work = macs[net.widest] + macs[net.widths[-1]] + (drawn * statistics.mean(macs[w] for w in middle) if drawn else 0)
+    size = c.teacher.batch_size
+    batches = other.batches(size, 0)
+    return Case(f"teacher step, {form}", step.lower, lambda: create(0, None), {}, batches, size, 6.0 * work * size)
+
+
+def _variables(net, shape, width: float) -> dict:
+    variables = net.extract(*net.init(jax.random.key(0), shape), width)
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def _evaluation(built: setting.Setting, name: str, model, variables: dict, macs: int) -> Case:
+    size, variables = built.evaluator.batch_size, built.place(variables)
+
+    def batches(step: int) -> dict:
+        return sharding.put_batch(built.mesh, next(data.eval_batches(built.dataset.test, size)))
+
+    def lower(state, batch):
+        return built.evaluator.score.lower(model, variables, batch)
+
+    return Case(name, lower, lambda: variables, {}, batches, size, 2.0 * macs * size)
+
+
+# Timing it.
+
+
+class Timer:
+    """Compiles a case and runs it for about `seconds` a round: with a batch at hand, and as training does, batch by batch."""
+
+    def __init__(self, case: Case, seconds: float):
+        self.case, self._train = case, "evaluation" not in case.name
+        self._state = case.make()
+        self._most, self._at = getattr(case.batches, "most", 1), 0
+        self._batch = self._next()
+        begun = time.perf_counter()
+        lowered = case.lower(self._state, self._batch)
+        self.trace_seconds = time.perf_counter() - begun
+        self._compiled = lowered.compile()
+        self.compile_seconds = time.perf_counter() - begun - self.trace_seconds
+        self.found: list[tuple[float, float]] = []
+        self._run(1, fed=False)
+        once = self._run(1, fed=False)
+        self._dispatches = max(1, round(seconds / 2 / (once * self._most)))
+
+    def _next(self) -> dict:
+        batch = self.case.batches(self._at) if self._most == 1 else self.case.batches(self._at, self._most)
+        self._at += self._most
+        return batch
+
+    def _run(self, dispatches: int, fed: bool) -> float:
+        """Seconds a step."""
+        begun = time.perf_counter()
+        for _ in range(dispatches):
+            batch = self._next() if fed else self._batch
+            if self._train:
+                self._state, out = self._compiled(self._state, batch, **self.case.extra)
+            else:
+                out = self._compiled(self._state, batch)
+        jax.block_until_ready((self._state, out))
+        return (time.perf_counter() - begun) / (dispatches * self._most)
+
+    def round(self) -> None:
+        self.found.append((self._run(self._dispatches, fed=False), self._run(self._dispatches, fed=True)))
+
+    def row(self, peak: float, devices: int) -> dict:
+        at_hand, fed = zip(*self.found, strict=True)
+        seconds, memory, work = statistics.median(at_hand), self._compiled.memory_analysis(), self._compiled.cost_analysis()
+        # XLA counts what is in a loop once, so this is of one step, however many a dispatch has.
+        traffic = float(work.get("bytes accessed", 0.0))
+        waits = [max(0.0, 1 - a / f) for a, f in self.found]
+        return {
+            "name": self.case.name,
+            "batch": self.case.batch,
+            "steps_per_dispatch": self._most,
+            "trace_seconds": self.trace_seconds,
+            "compile_seconds": self.compile_seconds,
+            "step_seconds": seconds,
+            "step_seconds_rounds": list(at_hand),
+            "fed_step_seconds": statistics.median(fed),
+            "images_per_second": self.case.batch / statistics.median(fed),
+            "model_flops": self.case.flops,
+            "utilisation": self.case.flops / (seconds * peak * devices),
+            "traffic_bytes": traffic,
+            "traffic_per_second": traffic / seconds,
+            "memory_bytes": int(memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+                                + memory.temp_size_in_bytes),
+            "input_wait": statistics.median(waits),
+        }  # fmt: skip
+
+
+def _forms(rows: Sequence[dict], built: setting.Setting) -> dict:
+    """{sliced or masked: of its time and compile time, the ratio to plain steps}, where all widths are trained at every step.
+
+    The yardstick of the time is a plain step for each width, at its share of the multiply-accumulates: near the sum of w^2.
+    """
+    by_name = {row["name"].removeprefix("teacher step, "): row for row in rows}
+    plain, result = by_name.get("plain"), {}
+    for form in ("sliced", "masked"):
+        if plain and (row := by_name.get(form)):
+            share = row["model_flops"] / plain["model_flops"]
+            pairs = zip(row["step_seconds_rounds"], plain["step_seconds_rounds"], strict=True)
+            ratios = sorted(a / b for a, b in pairs)
+            result[form] = {
+                "plain_steps": [statistics.median(ratios), ratios[0], ratios[-1]],
+                "work": share,
+                "compile": row["compile_seconds"] / plain["compile_seconds"],
+            }
+    return result
+
+
+def _peak(dtype: str) -> tuple[float, str]:
+    """(FLOP/s of one device, where that is from): its maker's figure, or what a large matrix product reaches."""
+    kind = jax.devices()[0].device_kind
+    if chip := chips.of_kind(kind):
+        return (chip.peak if dtype == "bfloat16" else chip.peak_float32), f"{chip.name}'s published figure"
+    size, best = 2048, float("inf")
+    square = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: x @ x).lower(square).compile()
+    product(square).block_until_ready()
+    for _ in range(5):
+        begun = time.perf_counter()
+        product(square).block_until_ready()
+        best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / best, f"the best of five {dtype} products of {size} x {size} here"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0]}, {len(names)} threads" if names else "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
