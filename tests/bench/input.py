@@ -69,21 +69,17 @@ def pillow(paths, boxes) -> None:
             np.asarray(image.convert("RGB").resize((SIZE, SIZE), PIL.Image.Resampling.BILINEAR, box))
 
 
-def processor_seconds() -> float:
-    """Used so far by the worker processes that live."""
-    total = 0
-    for child in multiprocessing.active_children():
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / os.sysconf("SC_CLK_TCK")
+def processor_seconds(pids: list[int]) -> float:
+    """Used so far by processes, all their threads included: the kernel's own clock of each (clock_getcpuclockid(3))."""
+    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
 
 
-def settle() -> float:
-    """`processor_seconds` when all workers have filled their buffers."""
+def settle(pids: list[int]) -> float:
+    """`processor_seconds` when all workers have filled their part of the ring."""
     before = -1.0
-    while (now := processor_seconds()) > before + 0.015:
+    while (now := processor_seconds(pids)) > before + 0.005 * len(pids):
         before = now
-        time.sleep(0.5)
+        time.sleep(0.25)
     return now
 
 
@@ -96,28 +92,29 @@ def timed(work) -> tuple[float, float]:
 
 
 class Workers:
-    """A stream read by worker processes."""
+    """A stream read by worker processes, the same steps over and over."""
 
-    def __init__(self, folder: str, count: int):
-        d = data.load("folder", folder, streaming=data.Streaming(SIZE, flip=True, workers=count))
-        self.count, self._batch, self._at = count, data.batches(d.train, BATCH, 0), 0
-        self._read(1)
+    def __init__(self, batch, count: int):
+        before = set(multiprocessing.active_children())
+        self.count, self._batch, self._at = count, ahead.Reader(batch, count, STEPS), 0
+        self._read(2 * count)
+        self._pids = [child.pid for child in set(multiprocessing.active_children()) - before]
 
     def _read(self, count: int) -> None:
         for _ in range(count):
             self._batch(self._at)
-            self._at += 1
+            self._at = (self._at + 1) % STEPS
 
     def timed(self) -> tuple[float, float]:
-        """As `timed`. The wall clock starts when what was made ahead is used up; processor time is from full buffers to full
-        buffers, in which exactly as many batches are made as are read, and this process's share comes on top."""
-        begun, own = settle(), time.process_time()
-        self._read(3 * self.count)
+        """As `timed`. The wall clock starts when what was made ahead is used up; processor time is from a full ring to a full
+        ring, in which exactly as many batches are made as are read, and this process's share comes on top."""
+        begun, own = settle(self._pids), time.process_time()
+        self._read(2 * self.count)
         wall = time.perf_counter()
-        self._read(4 * self.count)
-        rate = 4 * self.count * BATCH / (time.perf_counter() - wall)
+        self._read(6 * self.count)
+        rate = 6 * self.count * BATCH / (time.perf_counter() - wall)
         own = time.process_time() - own
-        return rate, 7 * self.count * BATCH / (settle() - begun + own)
+        return rate, 8 * self.count * BATCH / (settle(self._pids) - begun + own)
 
 
 def main(arguments: list[str]) -> None:
@@ -135,7 +132,7 @@ def main(arguments: list[str]) -> None:
             "in process": lambda: timed(lambda: [batch(step) for step in range(STEPS)]),
         }
         for count in range(1, min(ahead.cores(), 8) + 1):
-            inputs[f"{count} worker{'s' * (count > 1)}"] = Workers(folder, count).timed
+            inputs[f"{count} worker{'s' * (count > 1)}"] = Workers(batch, count).timed
         results = {name: [] for name in inputs}
         for _ in range(int(options.get("rounds", 15))):
             for name, measure in inputs.items():
