@@ -36,7 +36,7 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _Numbered:
-    """Batches start, start + 1, ... (of a circle) as Grain reads a source; without "image", which goes into the ring, if any."""
+    """Batches start, start + 1, ... (of a circle) as Grain reads a source; "image" goes into the ring where there is one."""
 
     batch: Batches
     start: int

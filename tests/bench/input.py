@@ -4,20 +4,31 @@
     pillow       the same of Pillow: open, convert, resize a box (bilinear)
     one area     opencv with the mean over pixels in place of linear, for what that costs
     in process   our pipeline, as a worker runs it: whole batches of this thread
-    1, 2, ...    our pipeline in so many worker processes, up to the cores there are, and their hand-over by Grain
+    1, 2, ...    our pipeline in so many worker processes, up to the cores there are, and their hand-over
 
-Photographs of scikit-learn, cut at random and brought to 500x375, JPEG of quality 90; the crops are the same for all. Rounds
-take turns; a ratio is of one round, given as the median with the smallest and largest. CPU is images for each second of
-processor time, workers' own included, which other load on the machine disturbs less than wall time. Linux.
+Photographs of scikit-learn, cut at random and brought to 500x375, JPEG of quality 90; images and crops are the same for all.
+Rounds take turns; a ratio is of one round, given as the median with the smallest and largest. CPU is images for each second of
+processor time, of workers and of the process that reads from them, which other load on the machine disturbs less than wall
+time. Below the table, what a batch costs without its images, in milliseconds of processor time and as parts of what opencv
+takes to make one:
+
+    hand-over    a constant batch made by one worker and read: written once, carried, copied once
+    copy         of a batch, to memory that was used before
+    segment      the constant batch written to shared memory that is new, which the ring of `pwkd_jax.data.ring` saves
+
+Linux.
 """
 
 import json
 import multiprocessing
 import os
+import platform
 import statistics
 import sys
 import tempfile
 import time
+from importlib.metadata import version
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -117,6 +128,33 @@ class Workers:
         return rate, 8 * self.count * BATCH / (settle(self._pids) - begun + own)
 
 
+class Constant:
+    """A batch that costs no more than to write it."""
+
+    shape = (BATCH, SIZE, SIZE, 3)
+
+    def __call__(self, number: int, out: np.ndarray) -> dict[str, np.ndarray]:
+        row, numbers = np.full(self.shape[1:], 7, np.uint8), np.zeros(BATCH, np.int32)
+        for i in range(BATCH):
+            out[i] = row
+        return {"image": out, "label": numbers, "index": numbers, "wanted": numbers}
+
+
+def segment() -> None:
+    memory = SharedMemory(create=True, size=BATCH * SIZE * SIZE * 3)
+    Constant()(0, np.ndarray(Constant.shape, np.uint8, memory.buf))
+    memory.close()
+    memory.unlink()
+
+
+def machine() -> dict:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": names[0] if names else platform.machine(), "cores": ahead.cores(), "load": os.getloadavg(),
+            "python": platform.python_version(), "kernel": platform.release(),
+            **{name: version(name) for name in ("numpy", "opencv-python-headless", "pillow", "grain")}}  # fmt: skip
+
+
 def main(arguments: list[str]) -> None:
     options = dict(a.removeprefix("--").split("=", 1) for a in arguments)
     cv2.setNumThreads(0)
@@ -133,21 +171,32 @@ def main(arguments: list[str]) -> None:
         }
         for count in range(1, min(ahead.cores(), 8) + 1):
             inputs[f"{count} worker{'s' * (count > 1)}"] = Workers(batch, count).timed
-        results = {name: [] for name in inputs}
+        inputs["hand-over"] = Workers(Constant(), 1).timed
+        used = np.ones((2, *Constant.shape), np.uint8)
+        inputs["copy"] = lambda: timed(lambda: [np.copyto(*used) for _ in range(STEPS)])
+        inputs["segment"] = lambda: timed(lambda: [segment() for _ in range(STEPS)])
+        before, results = machine(), {name: [] for name in inputs}
         for _ in range(int(options.get("rounds", 15))):
             for name, measure in inputs.items():
                 results[name].append(measure())
     rows = []
-    print(f"{'input':<12}{'images/s':>10}{'CPU':>8}   of opencv's CPU")
     for name, found in results.items():
         ratios = [a[1] / b[1] for a, b in zip(found, results["opencv"], strict=True)]
         wall, cpu = (statistics.median(column) for column in zip(*found, strict=True))
-        middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
-        rows.append({"input": name, "images_per_second": wall, "images_per_cpu_second": cpu, "of_opencv": [middle, low, high]})
-        print(f"{name:<12}{wall:>10.0f}{cpu:>8.0f}   {middle:.2f} ({low:.2f} to {high:.2f})")
+        row = {"input": name, "images_per_second": wall, "images_per_cpu_second": cpu, "batch_cpu_ms": 1e3 * BATCH / cpu}
+        rows.append(row | {"of_opencv": [statistics.median(ratios), min(ratios), max(ratios)]})
+    print(f"{'input':<12}{'images/s':>10}{'CPU':>8}   of opencv's CPU")
+    for row in rows[:-3]:
+        middle, low, high = row["of_opencv"]
+        rates = f"{row['images_per_second']:>10.0f}{row['images_per_cpu_second']:>8.0f}"
+        print(f"{row['input']:<12}{rates}   {middle:.2f} ({low:.2f} to {high:.2f})")
+    print(f"\n{f'a batch of {BATCH}':<14}{'CPU ms':>8}   of opencv's time")
+    for row in rows[-3:]:
+        low, middle, high = sorted(1 / x for x in row["of_opencv"])
+        print(f"{row['input']:<14}{row['batch_cpu_ms']:>8.2f}   {middle:.3f} ({low:.3f} to {high:.3f})")
     if "json" in options:
-        environment = {"cores": ahead.cores(), "load": os.getloadavg()[0], "opencv": cv2.__version__}
-        Path(options["json"]).write_text(json.dumps({"rows": rows, **environment}, indent=2) + "\n")
+        run = {"command": ["python", *sys.argv], "before": before, "after": machine(), "batch": BATCH, "size": SIZE}
+        Path(options["json"]).write_text(json.dumps(run | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
