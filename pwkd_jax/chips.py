@@ -44,6 +44,10 @@ GPUS = {c.name: c for c in (
     Chip("h200", 989.4e12, 494.7e12, 141 * 10**9, 4800e9),
 )}  # fmt: skip
 
+# {chip: {chips of a host: its virtual cores}}. docs.cloud.google.com/tpu/docs/v5e, "VM types"; a third type has eight chips and
+# 224 cores, which is as many a chip. The other chips' pages do not say.
+HOST_CORES = {"v5e": {1: 24, 4: 112}}
+
 
 class Topology(NamedTuple):
     """shape: chips along each axis; () of a machine with GPUs. chip: None of `cuda`, a card that is not named."""
@@ -52,6 +56,12 @@ class Topology(NamedTuple):
     chip: Chip | None
     chips: int
     shape: tuple[int, ...]
+
+    @property
+    def host(self) -> tuple[int, int | None]:
+        """(chips of one host, its virtual cores, None where we have no published number); cards are all in one."""
+        chips = min(self.chips, 4) if self.shape else self.chips
+        return chips, HOST_CORES.get(self.chip.name, {}).get(chips) if self.chip else None
 
 
 def topology(name: str) -> Topology:
