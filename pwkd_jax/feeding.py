@@ -5,8 +5,8 @@ import math
 from pwkd_jax.chips import Topology
 
 # Images that a core turns from a JPEG of 500x375 into 224x224 in a second, hand-over included: the row `2 workers` of
-# `python tests/bench/input.py` (column CPU) on two virtual cores of an AMD EPYC (Zen 3), of photographs at quality 90.
-IMAGES_PER_CORE_SECOND = 700.0
+# `python tests/bench/input.py` (column CPU; 678, 690 and 696 in three runs) on two virtual cores of an AMD EPYC of Zen 3.
+IMAGES_PER_CORE_SECOND = 690.0
 
 
 def feeding(rows: list[dict], where: Topology, rate: float) -> dict | None:

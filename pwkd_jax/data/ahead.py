@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+from multiprocessing import util
 from typing import Protocol
 
 import numpy as np
@@ -66,7 +67,7 @@ class Reader:
     def __init__(self, batch: Batches, workers: int, cycle: int = 0):
         self.batch, self.cycle = batch, cycle
         self._workers = cores() if workers < 0 else workers
-        self._iterator, self._ring, self._next = None, None, -1
+        self._iterator, self._ring, self._end, self._next = None, None, None, -1
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         if self._iterator is None or step != self._next:
@@ -106,7 +107,10 @@ class Reader:
             options = grain.experimental.DatasetOptions(min_shm_size=_NEVER)
             stream = grain.experimental.WithOptionsIterDataset(stream, options)
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(self._workers), functools.partial(_begin, os.getpid()))
-        return iter(stream)
+        iterator = iter(stream)
+        # With the reader or at the process's end, and then before Grain's own (1), which waits for workers that wait for room.
+        self._end = util.Finalize(self, _end, (iterator, self._ring), exitpriority=2)
+        return iterator
 
     def _check_memory(self) -> None:
         """Refuse what would end in a bus error: containers often come with 64 MB of shared memory."""
@@ -121,17 +125,21 @@ class Reader:
 
     def close(self) -> None:
         """End the workers."""
-        iterator, ring, self._iterator, self._ring = self._iterator, self._ring, None, None
-        if ring is not None:
-            ring.free()
-        if iterator is not None and hasattr(iterator, "close"):
+        end, self._iterator, self._ring, self._end = self._end, None, None, None
+        if end is not None:
+            end()
+
+
+def _end(iterator, ring: Ring | None) -> None:
+    if ring is not None:
+        ring.free()
+    try:
+        if hasattr(iterator, "close"):
             with contextlib.suppress(Exception):
                 iterator.close()
+    finally:
         if ring is not None:
             ring.close()
-
-    def __del__(self):
-        self.close()
 
 
 def cores() -> int:
