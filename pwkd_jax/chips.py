@@ -44,6 +44,10 @@ GPUS = {c.name: c for c in (
     Chip("h200", 989.4e12, 494.7e12, 141 * 10**9, 4800e9),
 )}  # fmt: skip
 
+# {chip: {chips of a host: its virtual cores}}. docs.cloud.google.com/tpu/docs/v5e, "VM types"; a third type has eight chips and
+# 224 cores, which is as many a chip. The other chips' pages do not say.
+HOST_CORES = {"v5e": {1: 24, 4: 112}}
+
 
 # What JAX calls the devices of these.
 _KINDS = {"TPU v3": "v3", "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p",
@@ -67,6 +71,12 @@ class Topology(NamedTuple):
     chip: Chip | None
     chips: int
     shape: tuple[int, ...]
+
+    @property
+    def host(self) -> tuple[int, int | None]:
+        """(chips of one host, its virtual cores, None where we have no published number); cards are all in one."""
+        chips = min(self.chips, 4) if self.shape else self.chips
+        return chips, HOST_CORES.get(self.chip.name, {}).get(chips) if self.chip else None
 
 
 def topology(name: str) -> Topology:

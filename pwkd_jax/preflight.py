@@ -3,11 +3,14 @@
     python -m pwkd_jax.preflight --config=configs/cifar100.py --topology=v5e:2x2
     python -m pwkd_jax.preflight --config=configs/imagenet.py:resnet50-mobilenetv1 --topology=v5e:16x16 --price=1.20
     python -m pwkd_jax.preflight --config=configs/cifar100.py --topology=h100 --json
+    python -m pwkd_jax.preflight --config=configs/imagenet.py --topology=v5e:4x4 --images-per-core-second=500
 
 Compiles the very programs that training runs (the teacher's step, every student stage, the evaluations) with the TPU's own
 compiler, which `pip install "jax[tpu]"` brings and which needs no TPU, and no data set either. --full gives the compiler all
 the effort that training does. What was compiled once is remembered. For a GPU, whose compiler needs the card, it says what can
-be known without. Exits with code 2 and one sentence on a mistake, and with code 1 where a program does not fit.
+be known without. Of streamed images it says how many cores of a host decode them as fast as its chips consume them, at the
+images a second that one core makes (tests/bench/input.py measures yours). Exits with code 2 and one sentence on a mistake, and
+with code 1 where a program does not fit.
 """
 
 import argparse
@@ -22,7 +25,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from pwkd_jax import chips, config, costing, programs, setting
+from pwkd_jax import chips, config, costing, feeding, programs, setting
 from pwkd_jax.data.outline import outline
 from pwkd_jax.errors import UserError
 from pwkd_jax.reporting import preflight as report
@@ -46,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--suggest", action="store_true", help="find the largest batches that fit")
     parser.add_argument("--images", type=int, default=0, help="in training, of a set that is not well known")
     parser.add_argument("--image-size", type=int, default=0, help="height and width, likewise")
+    parser.add_argument(
+        "--images-per-core-second", "--images_per_core_second", type=float, default=feeding.IMAGES_PER_CORE_SECOND,
+        help="that one core of a host decodes, of streamed images (default: %(default)g)",
+    )  # fmt: skip
     parser.add_argument("--only", default="", help="programs whose name has this word: teacher, student, evaluation, ...")
     parser.add_argument("--full", action="store_true", help="the TPU compiler's full effort: minutes a program")
     parser.add_argument("--no-cache", action="store_true", help="compile also what was compiled before")
@@ -64,9 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--topology: say for which machine, as in --topology=v5e:4x4")
         if min(options.images, options.image_size, options.price) < 0:
             raise UserError("--images, --image-size and --price: cannot be negative")
+        if not options.images_per_core_second > 0:
+            raise UserError("--images-per-core-second: should be above 0, as tests/bench/input.py measures it")
         result = preflight(
             settings, options.topology, price=options.price, suggest=options.suggest, images=options.images,
             image_size=options.image_size, only=options.only, full=options.full, cache=not options.no_cache,
+            core_rate=options.images_per_core_second,
             tell=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
     except UserError as e:
@@ -81,9 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def preflight(
     settings: ConfigDict, topology: str, *, price: float = 0.0, suggest: bool = False, images: int = 0, image_size: int = 0,
-    only: str = "", full: bool = False, cache: bool = True, tell: Callable[[str], None] = lambda line: None,
+    only: str = "", full: bool = False, cache: bool = True, core_rate: float = feeding.IMAGES_PER_CORE_SECOND,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict:  # fmt: skip
-    """What the command prints, as plain data; tell: called with a line before every program. Raises UserError."""
+    """What the command prints, as plain data; core_rate: images/s that a core of a host decodes; tell: called with a line
+    before every program. Raises UserError."""
     where = chips.topology(topology)
     on_tpu = bool(where.shape)
     if suggest and not on_tpu:
@@ -116,6 +128,7 @@ def preflight(
         "data": built.facts | {"source": source},
         "dtype": settings.dtype,
         "programs": rows,
+        "input": feeding.feeding(rows, where, core_rate) if settings.data.image_size else None,
         "partial": bool(only),
         "full": full,
         "fits": None if any(r["fits"] is None for r in rows) else all(r["fits"] for r in rows),

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from pwkd_jax import chips, config, costing, preflight, programs, setting
+from pwkd_jax import chips, config, costing, feeding, preflight, programs, setting
 from pwkd_jax.data.outline import outline
 from pwkd_jax.errors import UserError
 from pwkd_jax.reporting import preflight as report
@@ -355,6 +355,65 @@ def test_chip_hours_are_runs_times_the_roofline():
     assert math.isclose(row["step_seconds"], max(5e12 / 197e12, 9e9 / 819e9, 2 * 255 / 256 * 1e8 / 200e9))
     assert math.isclose(row["chip_hours"], 187_500 * row["step_seconds"] * 256 / 3600)
     assert row["bound"] == "compute"
+
+
+# What a host has to decode.
+
+
+@pytest.mark.parametrize(
+    "topology, host", [("v5e:1x1", (1, 24)), ("v5e:1x2", (2, None)), ("v5e:2x2", (4, 112)), ("v5e:16x16", (4, 112)),
+                       ("v5p:2x2x1", (4, None)), ("h100:8", (8, None)), ("cuda", (1, None))],
+)  # fmt: skip
+def test_hosts_are_those_of_googles_page(topology, host):
+    assert chips.topology(topology).host == host
+
+
+def asked(rate: float, topology: str = "v5e:4x4", **changes) -> dict | None:
+    """A teacher's step of 1024 images in 20 ms and a student's of 512 in 4 ms, the hungrier one; an evaluation is no step."""
+    named = (("teacher step", 1024, "teacher.batch_size", 0.02), ("student step, teacher 1", 512, "student.batch_size", 0.004),
+             ("student evaluation", 4096, "evaluation.batch_size", 0.001))  # fmt: skip
+    keys = ("name", "batch", "batch_key", "step_seconds")
+    return feeding.feeding([dict(zip(keys, r, strict=True)) | changes for r in named], chips.topology(topology), rate)
+
+
+def test_cores_are_a_hosts_share_of_the_batch_over_the_rate_of_one():
+    found = asked(500)
+    # 16 chips in 4 hosts: of 1024 / 20 ms and of 512 / 4 ms, a sixteenth and a quarter; 12,800 / 500 = 25.6 cores, and 64.
+    assert [(s["chip"], s["host"], s["cores"]) for s in found["steps"]] == [(3200, 12_800, 26), (8000, 32_000, 64)]
+    assert (found["chips_per_host"], found["host_cores"], found["enough"]) == (4, 112, True)
+    assert asked(32_000 / 112)["enough"] and not asked(32_000 / 113)["enough"]
+    assert asked(500, "v5p:2x2x4")["enough"] is None
+    assert asked(500, step_seconds=None) is None  # a card that is not named, or a program that does not fit
+
+
+@pytest.mark.parametrize(
+    "rate, topology, words",
+    [(500, "v5e:4x4", "keeps 64 cores busy: a host has 112, enough"), (250, "v5e:4x4", "a host has 112, not enough"),
+     (500, "v5p:2x2x4", "no published number"), (32_000, "v5e:4x4", "keeps 1 core busy")],
+)  # fmt: skip
+def test_the_page_says_whether_the_host_keeps_up(rate, topology, words):
+    page = report.text(a_result() | {"input": asked(rate, topology)})
+    assert words in page and "8,000" in page and max(map(len, page.splitlines())) <= 100
+    assert "cores" not in report.text(a_result() | {"input": None})
+
+
+def test_the_command_counts_the_cores_of_streamed_images_alone(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # 2 ms of an H100's product rate, whatever the program: nothing is compiled.
+    cost = costing.Cost(None, dict.fromkeys(costing.KINDS, 0), 0, 2e-3 * 494.7e12, 1e6, {}, 0.0)
+    monkeypatch.setattr(costing, "outline", lambda *_: cost)
+    streamed = ("--config.data.name=mine", "--config.data.num_classes=7", "--config.data.image_size=8", "--images=900",
+                "--config.data.crop_padding=0", "--config.data.mean=(0.5,)", "--config.data.std=(0.25,)")  # fmt: skip
+    wanted = ("--topology=h100", "--only=student step, teacher 1", "--json", "--config.student.batch_size=64")
+    code, out, err = command(capsys, *SMALL, *streamed, *wanted, "--images_per_core_second=123")
+    assert code == 0, err
+    found = json.loads(out)["input"]
+    assert math.isclose(found["steps"][0]["host"], 64 / 2e-3) and found["steps"][0]["cores"] == -(-32_000 // 123)
+    assert found["images_per_core_second"] == 123 and found["enough"] is None
+    code, out, _ = command(capsys, *SMALL, *wanted)
+    assert code == 0 and json.loads(out)["input"] is None
+    code, _, err = command(capsys, *SMALL, *streamed, *wanted, "--images-per-core-second=0")
+    assert code == 2 and "--images-per-core-second" in err
 
 
 # With the TPU's compiler.

@@ -1,5 +1,6 @@
 """Images of many sizes: decoding, crops, batches that depend on seed and step alone, unreadable images, folders, labels."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -8,7 +9,12 @@ import multiprocessing
 import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 import types
+from multiprocessing import shared_memory
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -330,7 +336,8 @@ def test_workers_change_nothing_and_their_errors_are_sentences(root, tmp_path):
     for workers in (1, 2):
         d = load(root, flip=True, workers=workers)
         batches = data.batches(d.train, 5, 0)
-        assert all(same(batches(step), known[step - 2]) for step in range(2, 7))
+        held = [batches(step) for step in range(2, 7)]  # more than lie in shared memory at once: each is the reader's own
+        assert all(same(a, b) for a, b in zip(held, known, strict=True))
     assert all(same(a, b) for a, b in zip(scored, data.eval_batches(d.test, 4), strict=True))
     bad = broken(root, tmp_path, "train/dog/03.JPEG")
     with pytest.raises(UserError, match=r"^data.unreadable: file \S+03.JPEG cannot be decoded \("):
@@ -352,6 +359,82 @@ def test_a_worker_that_dies_and_too_little_shared_memory_are_sentences(root, mon
     if os.path.isdir("/dev/shm"):
         with pytest.raises(UserError, match=r"^data.workers: 2 processes need \d+ MiB of shared memory"):
             data.batches(load(root, workers=2).train, 4, 0)(0)
+
+
+def children(before: list) -> list:
+    return [child for child in multiprocessing.active_children() if child not in before]
+
+
+def test_workers_stay_a_batch_ahead_and_leave_nothing_behind(tmp_path):
+    """Two places a worker: what is made is what was read and four more. Closed while the workers wait for room."""
+
+    class Logged:  # here, so that a worker need not import this file
+        path, shape = str(tmp_path), (2, 3)
+
+        def __call__(self, number, out=None):
+            out[...] = number
+            open(f"{self.path}/{number}", "w").close()
+            return {"image": out, "label": np.full(2, number)}
+
+    before = multiprocessing.active_children()
+    reader = ahead.Reader(Logged(), 2)
+    for step in range(3):
+        assert (reader(step)["image"] == step).all()
+    until = time.monotonic() + 60
+    while len(os.listdir(tmp_path)) < 3 + 4 and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert sorted(map(int, os.listdir(tmp_path))) == list(range(3 + 4))
+    assert len(children(before)) == 2
+    begun, name = time.monotonic(), reader._ring._name
+    reader.close()
+    assert time.monotonic() - begun < 20 and not children(before)  # Grain kills after 25 seconds what does not end
+    with pytest.raises(FileNotFoundError):
+        shared_memory.SharedMemory(name)
+
+
+KILLED = """
+import os, sys
+import numpy as np
+from pwkd_jax.data import ahead
+
+class Numbers:
+    shape = (2, 3)
+    def __call__(self, number, out=None):
+        out[...] = number
+        return {"image": out, "label": np.full(2, os.getpid())}
+
+if __name__ == "__main__":
+    reader = ahead.Reader(Numbers(), 1)
+    print(reader(0)["label"][0], reader._ring._name, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_parent_leaves_no_workers_and_no_shared_memory(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, str(tmp_path / "killed.py")], stdout=subprocess.PIPE, env=environment, check=False)
+    worker, name = done.stdout.decode().split()
+    assert done.returncode == -9
+    until = time.monotonic() + 60
+    while time.monotonic() < until and (alive(int(worker)) or attached(name)):
+        time.sleep(0.1)
+    assert not alive(int(worker)) and not attached(name)
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        # Nobody here may have waited for it yet.
+        status = Path(f"/proc/{pid}/stat")
+        return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def attached(name: str) -> bool:
+    """Whether the segment is there still, without becoming one of those that have it."""
+    return os.path.exists(f"/dev/shm/{name.strip('/')}")
 
 
 # Unreadable images.

@@ -1,45 +1,60 @@
-"""Numbered batches made ahead of their use by worker processes. Grain starts the workers and carries the batches."""
+"""Numbered batches made ahead of their use by worker processes. Grain starts the workers and keeps the batches in order;
+their pixels go through a ring."""
 
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import shutil
 import signal
 import threading
 import time
+from multiprocessing import util
 from typing import Protocol
 
 import numpy as np
 
+from pwkd_jax.data.ring import Ring
 from pwkd_jax.errors import UserError
 
+# Of each worker in the ring: one that is being made and one that is ready.
+_SLOTS = 2
 # Grain wants a length; no run is as long, in batches.
-_ENDLESS = 1 << 40
+_ENDLESS = _NEVER = 1 << 40
 
 
 class Batches(Protocol):
-    """batches(number) -> one of them, a pure function; pickled to the workers. nbytes: of one."""
+    """batches(number) -> one of them, a pure function; pickled to the workers.
 
-    nbytes: int
+    shape: of its "image", uint8, which lies in `out` where that is given.
+    """
 
-    def __call__(self, number: int) -> dict[str, np.ndarray]: ...
+    shape: tuple[int, ...]
+
+    def __call__(self, number: int, out: np.ndarray | None = None) -> dict[str, np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class _Numbered:
-    """Batches start, start + 1, ... (of a circle) as Grain reads a source."""
+    """Batches start, start + 1, ... (of a circle) as Grain reads a source; "image" goes into the ring where there is one."""
 
     batch: Batches
     start: int
     cycle: int
+    ring: Ring | None
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, number) -> dict[str, np.ndarray]:
         step = self.start + int(number)
-        return self.batch(step % self.cycle if self.cycle else step)
+        step = step % self.cycle if self.cycle else step
+        if self.ring is None:
+            return self.batch(step)
+        if (out := self.ring.write(int(number))) is None:
+            return {}  # nobody reads any more; Grain ends this worker when it gets something
+        return {key: value for key, value in self.batch(step, out).items() if key != "image"}
 
 
 class Reader:
@@ -52,7 +67,7 @@ class Reader:
     def __init__(self, batch: Batches, workers: int, cycle: int = 0):
         self.batch, self.cycle = batch, cycle
         self._workers = cores() if workers < 0 else workers
-        self._iterator, self._next = None, -1
+        self._iterator, self._ring, self._end, self._next = None, None, None, -1
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         if self._iterator is None or step != self._next:
@@ -72,8 +87,7 @@ class Reader:
                 ) from e
             raise
         self._next = (step + 1) % self.cycle if self.cycle else step + 1
-        # Out of the shared memory in which workers hand them over: JAX may keep an array as long as it likes.
-        return {key: np.array(value) for key, value in result.items()} if self._workers else result
+        return {"image": self._ring.take(), **result} if self._workers else result
 
     def _open(self, step: int):
         import grain
@@ -81,19 +95,28 @@ class Reader:
 
         if not flags.FLAGS.is_parsed():  # Grain reads its own flags, which our commands do not define to absl
             flags.FLAGS.mark_as_parsed()
-        numbered = grain.MapDataset.source(_Numbered(self.batch, step, self.cycle))
-        # Counted in batches, the elements here: one that is being made and one that is ready.
-        stream = numbered.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         if self._workers:
             self._check_memory()
+            self._ring = Ring(self.batch.shape, _SLOTS * self._workers)
+        # Counted in batches, the elements here. A worker needs no thread to be ahead: its batches wait in the ring.
+        threads = 0 if self._workers else 1
+        numbered = grain.MapDataset.source(_Numbered(self.batch, step, self.cycle, self._ring))
+        stream = numbered.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+        if self._workers:
+            # What is left of a batch is small, and is pickled in place of a new segment of shared memory for each array.
+            options = grain.experimental.DatasetOptions(min_shm_size=_NEVER)
+            stream = grain.experimental.WithOptionsIterDataset(stream, options)
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(self._workers), functools.partial(_begin, os.getpid()))
-        return iter(stream)
+        iterator = iter(stream)
+        # With the reader or at the process's end, and then before Grain's own (1), which waits for workers that wait for room.
+        self._end = util.Finalize(self, _end, (iterator, self._ring), exitpriority=2)
+        return iterator
 
     def _check_memory(self) -> None:
         """Refuse what would end in a bus error: containers often come with 64 MB of shared memory."""
         if not os.path.isdir("/dev/shm"):
             return
-        need, free = 3 * self._workers * self.batch.nbytes, shutil.disk_usage("/dev/shm").free
+        need, free = _SLOTS * self._workers * math.prod(self.batch.shape), shutil.disk_usage("/dev/shm").free
         if need > free:
             raise UserError(
                 f"data.workers: {self._workers} processes need {need >> 20} MiB of shared memory for their batches, and "
@@ -102,13 +125,21 @@ class Reader:
 
     def close(self) -> None:
         """End the workers."""
-        iterator, self._iterator = self._iterator, None
-        if iterator is not None and hasattr(iterator, "close"):
+        end, self._iterator, self._ring, self._end = self._end, None, None, None
+        if end is not None:
+            end()
+
+
+def _end(iterator, ring: Ring | None) -> None:
+    if ring is not None:
+        ring.free()
+    try:
+        if hasattr(iterator, "close"):
             with contextlib.suppress(Exception):
                 iterator.close()
-
-    def __del__(self):
-        self.close()
+    finally:
+        if ring is not None:
+            ring.close()
 
 
 def cores() -> int:

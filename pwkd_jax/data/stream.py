@@ -183,13 +183,13 @@ class _Train:
     allowed: int
 
     @property
-    def nbytes(self) -> int:
-        return len(self.order.rows) * self.options.image_size**2 * 3
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.order.rows), self.options.image_size, self.options.image_size, 3)
 
-    def __call__(self, step: int) -> dict[str, np.ndarray]:
+    def __call__(self, step: int, out: np.ndarray | None = None) -> dict[str, np.ndarray]:
         o, wanted = self.options, self.order.index(step)[0]
         numbers = uniform(self.order.seed, step * self.order.batch_size + int(self.order.rows[0]), len(wanted))
-        batch = np.empty((len(wanted), o.image_size, o.image_size, 3), np.uint8)
+        batch = np.empty(self.shape, np.uint8) if out is None else out
 
         def decode(encoded: bytes, row: int) -> np.ndarray:
             return images.train_image(encoded, numbers[row], o.image_size, o.scale, o.flip, batch[row])
@@ -219,14 +219,15 @@ class _Eval:
     rows: np.ndarray
 
     @property
-    def nbytes(self) -> int:
-        return len(self.rows) * self.options.image_size**2 * 3
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows), self.options.image_size, self.options.image_size, 3)
 
-    def __call__(self, number: int) -> dict[str, np.ndarray]:
+    def __call__(self, number: int, out: np.ndarray | None = None) -> dict[str, np.ndarray]:
         o, index = self.options, number * self.batch_size + self.rows
         real = index < len(self.source)
         index = np.where(real, index, 0).astype(np.int32)
-        image = np.zeros((len(index), o.image_size, o.image_size, 3), np.uint8)
+        image = np.empty(self.shape, np.uint8) if out is None else out
+        image[~real] = 0
         labels = np.zeros(len(index), np.int32)
         found = _decoded(self.source, index[real], lambda x, _: images.test_image(x, o.image_size, o.resize))
         for row, (label, pixels) in zip(np.flatnonzero(real), found, strict=True):

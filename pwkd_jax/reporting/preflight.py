@@ -7,6 +7,8 @@ def text(result: dict) -> str:
     """The result of `preflight.preflight` in lines."""
     tpu = result["fits"] is not None
     parts = [_head(result), _memory(result), _work(result), _network(result)] if tpu else [_head(result), _work(result)]
+    if result.get("input"):
+        parts.append(_input(result))
     if result.get("suggestions"):
         parts.append(_suggestions(result))
     parts.append(_verdict(result) if tpu else _unknown(result))
@@ -74,6 +76,23 @@ def _network(r: dict) -> str:
     if any(p["kept"] for p in r["programs"]):
         lines.append("  * in an earlier command, which is remembered")
     return "\n".join(lines)
+
+
+def _input(r: dict) -> str:
+    i, what = r["input"], "chip" if r["fits"] is not None else "card"
+    host = f"a host, {_plural(i['chips_per_host'], what)}"
+    lines = [f"{'Input of that speed, images/s':<31}{'a ' + what:>14}{host:>17}{'its cores':>11}"]
+    for s in i["steps"]:
+        lines.append(f"  {s['name']:<29}{_n(s['chip']):>14}{_n(s['host']):>17}{s['cores']:>11,}")
+    most = max(i["steps"], key=lambda s: s["cores"])
+    asked = f"At {i['images_per_core_second']:g} images/s a core the {most['name']} keeps {_plural(most['cores'], 'core')} busy"
+    if i["host_cores"] is None:
+        return "\n".join([*lines, f"{asked};", "  how many a host has, we have no published number of."])
+    has = f"a host has {i['host_cores']:,}"
+    if i["enough"]:
+        return "\n".join([*lines, f"{asked}: {has}, enough."])
+    short = "that step waits for its input" if r["partial"] else "it waits for its input"
+    return "\n".join([*lines, f"{asked}: {has}, not enough;", f"  {short}, or the images are made smaller beforehand."])
 
 
 def _suggestions(r: dict) -> str:

@@ -4,20 +4,31 @@
     pillow       the same of Pillow: open, convert, resize a box (bilinear)
     one area     opencv with the mean over pixels in place of linear, for what that costs
     in process   our pipeline, as a worker runs it: whole batches of this thread
-    1, 2, ...    our pipeline in so many worker processes, up to the cores there are, and their hand-over by Grain
+    1, 2, ...    our pipeline in so many worker processes, up to the cores there are, and their hand-over
 
-Photographs of scikit-learn, cut at random and brought to 500x375, JPEG of quality 90; the crops are the same for all. Rounds
-take turns; a ratio is of one round, given as the median with the smallest and largest. CPU is images for each second of
-processor time, workers' own included, which other load on the machine disturbs less than wall time. Linux.
+Photographs of scikit-learn, cut at random and brought to 500x375, JPEG of quality 90; images and crops are the same for all.
+Rounds take turns; a ratio is of one round, given as the median with the smallest and largest. CPU is images for each second of
+processor time, of workers and of the process that reads from them, which other load on the machine disturbs less than wall
+time. Below the table, what a batch costs without its images, in milliseconds of processor time and as parts of what opencv
+takes to make one:
+
+    hand-over    a constant batch made by one worker and read: written once, carried, copied once
+    copy         of a batch, to memory that was used before
+    segment      the constant batch written to shared memory that is new, which the ring of `pwkd_jax.data.ring` saves
+
+Linux.
 """
 
 import json
 import multiprocessing
 import os
+import platform
 import statistics
 import sys
 import tempfile
 import time
+from importlib.metadata import version
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -69,21 +80,17 @@ def pillow(paths, boxes) -> None:
             np.asarray(image.convert("RGB").resize((SIZE, SIZE), PIL.Image.Resampling.BILINEAR, box))
 
 
-def processor_seconds() -> float:
-    """Used so far by the worker processes that live."""
-    total = 0
-    for child in multiprocessing.active_children():
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / os.sysconf("SC_CLK_TCK")
+def processor_seconds(pids: list[int]) -> float:
+    """Used so far by processes, all their threads included: the kernel's own clock of each (clock_getcpuclockid(3))."""
+    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
 
 
-def settle() -> float:
-    """`processor_seconds` when all workers have filled their buffers."""
+def settle(pids: list[int]) -> float:
+    """`processor_seconds` when all workers have filled their part of the ring."""
     before = -1.0
-    while (now := processor_seconds()) > before + 0.015:
+    while (now := processor_seconds(pids)) > before + 0.005 * len(pids):
         before = now
-        time.sleep(0.5)
+        time.sleep(0.25)
     return now
 
 
@@ -96,28 +103,56 @@ def timed(work) -> tuple[float, float]:
 
 
 class Workers:
-    """A stream read by worker processes."""
+    """A stream read by worker processes, the same steps over and over."""
 
-    def __init__(self, folder: str, count: int):
-        d = data.load("folder", folder, streaming=data.Streaming(SIZE, flip=True, workers=count))
-        self.count, self._batch, self._at = count, data.batches(d.train, BATCH, 0), 0
-        self._read(1)
+    def __init__(self, batch, count: int):
+        before = set(multiprocessing.active_children())
+        self.count, self._batch, self._at = count, ahead.Reader(batch, count, STEPS), 0
+        self._read(2 * count)
+        self._pids = [child.pid for child in set(multiprocessing.active_children()) - before]
 
     def _read(self, count: int) -> None:
         for _ in range(count):
             self._batch(self._at)
-            self._at += 1
+            self._at = (self._at + 1) % STEPS
 
     def timed(self) -> tuple[float, float]:
-        """As `timed`. The wall clock starts when what was made ahead is used up; processor time is from full buffers to full
-        buffers, in which exactly as many batches are made as are read, and this process's share comes on top."""
-        begun, own = settle(), time.process_time()
-        self._read(3 * self.count)
+        """As `timed`. The wall clock starts when what was made ahead is used up; processor time is from a full ring to a full
+        ring, in which exactly as many batches are made as are read, and this process's share comes on top."""
+        begun, own = settle(self._pids), time.process_time()
+        self._read(2 * self.count)
         wall = time.perf_counter()
-        self._read(4 * self.count)
-        rate = 4 * self.count * BATCH / (time.perf_counter() - wall)
+        self._read(6 * self.count)
+        rate = 6 * self.count * BATCH / (time.perf_counter() - wall)
         own = time.process_time() - own
-        return rate, 7 * self.count * BATCH / (settle() - begun + own)
+        return rate, 8 * self.count * BATCH / (settle(self._pids) - begun + own)
+
+
+class Constant:
+    """A batch that costs no more than to write it."""
+
+    shape = (BATCH, SIZE, SIZE, 3)
+
+    def __call__(self, number: int, out: np.ndarray) -> dict[str, np.ndarray]:
+        row, numbers = np.full(self.shape[1:], 7, np.uint8), np.zeros(BATCH, np.int32)
+        for i in range(BATCH):
+            out[i] = row
+        return {"image": out, "label": numbers, "index": numbers, "wanted": numbers}
+
+
+def segment() -> None:
+    memory = SharedMemory(create=True, size=BATCH * SIZE * SIZE * 3)
+    Constant()(0, np.ndarray(Constant.shape, np.uint8, memory.buf))
+    memory.close()
+    memory.unlink()
+
+
+def machine() -> dict:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": names[0] if names else platform.machine(), "cores": ahead.cores(), "load": os.getloadavg(),
+            "python": platform.python_version(), "kernel": platform.release(),
+            **{name: version(name) for name in ("numpy", "opencv-python-headless", "pillow", "grain")}}  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
@@ -135,22 +170,33 @@ def main(arguments: list[str]) -> None:
             "in process": lambda: timed(lambda: [batch(step) for step in range(STEPS)]),
         }
         for count in range(1, min(ahead.cores(), 8) + 1):
-            inputs[f"{count} worker{'s' * (count > 1)}"] = Workers(folder, count).timed
-        results = {name: [] for name in inputs}
+            inputs[f"{count} worker{'s' * (count > 1)}"] = Workers(batch, count).timed
+        inputs["hand-over"] = Workers(Constant(), 1).timed
+        used = np.ones((2, *Constant.shape), np.uint8)
+        inputs["copy"] = lambda: timed(lambda: [np.copyto(*used) for _ in range(STEPS)])
+        inputs["segment"] = lambda: timed(lambda: [segment() for _ in range(STEPS)])
+        before, results = machine(), {name: [] for name in inputs}
         for _ in range(int(options.get("rounds", 15))):
             for name, measure in inputs.items():
                 results[name].append(measure())
     rows = []
-    print(f"{'input':<12}{'images/s':>10}{'CPU':>8}   of opencv's CPU")
     for name, found in results.items():
         ratios = [a[1] / b[1] for a, b in zip(found, results["opencv"], strict=True)]
         wall, cpu = (statistics.median(column) for column in zip(*found, strict=True))
-        middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
-        rows.append({"input": name, "images_per_second": wall, "images_per_cpu_second": cpu, "of_opencv": [middle, low, high]})
-        print(f"{name:<12}{wall:>10.0f}{cpu:>8.0f}   {middle:.2f} ({low:.2f} to {high:.2f})")
+        row = {"input": name, "images_per_second": wall, "images_per_cpu_second": cpu, "batch_cpu_ms": 1e3 * BATCH / cpu}
+        rows.append(row | {"of_opencv": [statistics.median(ratios), min(ratios), max(ratios)]})
+    print(f"{'input':<12}{'images/s':>10}{'CPU':>8}   of opencv's CPU")
+    for row in rows[:-3]:
+        middle, low, high = row["of_opencv"]
+        rates = f"{row['images_per_second']:>10.0f}{row['images_per_cpu_second']:>8.0f}"
+        print(f"{row['input']:<12}{rates}   {middle:.2f} ({low:.2f} to {high:.2f})")
+    print(f"\n{f'a batch of {BATCH}':<14}{'CPU ms':>8}   of opencv's time")
+    for row in rows[-3:]:
+        low, middle, high = sorted(1 / x for x in row["of_opencv"])
+        print(f"{row['input']:<14}{row['batch_cpu_ms']:>8.2f}   {middle:.3f} ({low:.3f} to {high:.3f})")
     if "json" in options:
-        environment = {"cores": ahead.cores(), "load": os.getloadavg()[0], "opencv": cv2.__version__}
-        Path(options["json"]).write_text(json.dumps({"rows": rows, **environment}, indent=2) + "\n")
+        run = {"command": ["python", *sys.argv], "before": before, "after": machine(), "batch": BATCH, "size": SIZE}
+        Path(options["json"]).write_text(json.dumps(run | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
