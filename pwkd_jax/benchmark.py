@@ -10,6 +10,7 @@ by round, so that ratios hold on a busy machine too. Exits with code 2 and one s
 """
 
 import argparse
+import functools
 import json
 import shlex
 import statistics
@@ -41,14 +42,14 @@ SYNTHETIC = 4096
 class Case(NamedTuple):
     """One program and what feeds it.
 
-    make() -> the first state, None of an evaluation; run: (state, batch) -> (state, anything), compiled by `lower`. batches: as
-    training has them. flops: of one step, by the models' multiply-accumulates, a backward pass counted twice a forward one.
+    lower(state, batch) of (state, batch, **extra) -> (state, anything); extra: None of an evaluation, which leaves its state as
+    it is and does not return it. make() -> the first state. batches: as training has them. flops: of one step, by the models'
+    multiply-accumulates, a backward pass counted twice a forward one.
     """
 
-    name: str
-    lower: Callable[[Any, dict], jax.stages.Lowered]
+    lower: Callable[..., jax.stages.Lowered]
     make: Callable[[], Any]
-    extra: dict
+    extra: dict | None
     batches: Callable
     batch: int
     flops: float
@@ -104,15 +105,18 @@ def benchmark(
     # What is compiled is timed, so nothing may come from an earlier command.
     jax.config.update("jax_enable_compilation_cache", False)
     built = _synthetic(settings) if synthetic else setting.prepare(settings)
-    cases, notes = _cases(built)
-    wanted = [case for case in cases if only in case.name]
+    cases = _cases(built)
+    wanted = [name for name in cases if only in name]
     if not wanted:
-        raise UserError(f"--only: no program has '{only}' in its name; there are {', '.join(c.name for c in cases)}")
+        raise UserError(f"--only: no program has '{only}' in its name; there are {'; '.join(cases)}")
     peak, source = (peak, "as given") if peak else _peak(settings.dtype)
-    timers = []
-    for number, case in enumerate(wanted, 1):
-        tell(f"{number}/{len(wanted)} compiling {case.name} ...")
-        timers.append(Timer(case, seconds))
+    timers, notes = [], []
+    for number, name in enumerate(wanted, 1):
+        tell(f"{number}/{len(wanted)} compiling {name} ...")
+        try:
+            timers.append(Timer(name, cases[name](), seconds))
+        except UserError as e:
+            notes.append(f"{name}: {e}")
     for number in range(rounds):
         tell(f"round {number + 1} of {rounds} ...")
         for timer in timers:
@@ -154,86 +158,72 @@ def _synthetic(settings: ConfigDict) -> setting.Setting:
 # What is timed.
 
 
-def _cases(built: setting.Setting) -> tuple[list[Case], list[str]]:
-    """(cases, why some are not there)."""
-    c, shape = built.config, built.dataset.image_shape
-    found, notes = [], []
-    macs = {w: costs.macs(net, shape) for w, net in built.teachers["slimmable"].members.items()}
-    own = costs.macs(built.student, shape)
-    for form in FORMS:
-        try:
-            found.append(_teacher(built, form, macs))
-        except UserError as e:
-            notes.append(f"teacher step, {form}: {e}")
-    seen = set()
+def _cases(built: setting.Setting) -> dict[str, Callable[[], Case]]:
+    """{name: maker}, in the order of an experiment. Making one may raise UserError."""
+    c, slimmable = built.config, built.teachers["slimmable"]
+    found = {f"teacher step, {form}": functools.partial(_teacher, built, form) for form in FORMS}
     for arm in c.arms:
-        plan = built.plan(arm)
-        net = built.teachers.get(plan[0].teacher)
-        several = built.several(c.seeds)
-        here, count = built.on(several), several.count if several else 1
-        widths = {w for s in plan for w in s.widths}
-        distillation = built.distillation(plan[0].teacher, widths) if widths else None
+        plan, several = built.plan(arm), built.several(c.seeds)
         for stage in plan:
-            if (stage.teacher, stage.widths) in seen:
-                continue
-            seen.add((stage.teacher, stage.widths))
-            create, steps = programs.student_steps(built, [s for s in plan if s.widths == stage.widths][:1] or plan,
-                                                   distillation, several)  # fmt: skip
-            frozen = {w: here.place(_variables(net, shape, w)) for w in stage.widths}
-            taught = statistics.mean(costs.macs(net.members[w], shape) for w in stage.widths) if widths else 0.0
             name = programs.student_title(stage.widths, several, stage.teacher)
-            seeds = np.arange(count, dtype=np.uint32) if several else 0
-            found.append(Case(
-                name, lambda state, batch, step=steps[stage.widths], frozen=frozen: step.lower(state, batch, teacher=frozen),
-                lambda create=create, seeds=seeds: create(seeds, None), {"teacher": frozen},
-                here.batches(c.student.batch_size, 0), c.student.batch_size,
-                c.student.batch_size * (6.0 * own * count + 2.0 * taught),
-            ))  # fmt: skip
-    slimmable = built.teachers["slimmable"]
+            found.setdefault(name, functools.partial(_student, built, plan, stage, several))
     for width in sorted(slimmable.table):
-        found.append(_evaluation(built, f"teacher {width:g} evaluation", slimmable.members[width],
-                                 _variables(slimmable, shape, width), macs[width]))  # fmt: skip
-    pupil = built.student_state(None)(0, None)
-    found.append(_evaluation(built, "student evaluation", built.student, student.variables(pupil), own))
-    return found, notes
+        model = slimmable.members[width]
+        maker = functools.partial(_evaluation, built, model, functools.partial(_variables, built, slimmable, width))
+        found[f"teacher {width:g} evaluation"] = maker
+    pupil = functools.partial(built.student_state(None), 0, None)
+    found["student evaluation"] = functools.partial(_evaluation, built, built.student, lambda: student.variables(pupil()))
+    return found
 
 
-def _teacher(built: setting.Setting, form: str, macs: dict[float, int]) -> Case:
-    c = ConfigDict(built.config).unlock()
+def _teacher(built: setting.Setting, form: str) -> Case:
+    c, shape = ConfigDict(built.config).unlock(), built.dataset.image_shape
     c.teacher.execution = "mask" if form == "masked" else "take"
     # Rebuilt, so that a family which cannot be masked says so here.
-    other = built if c.teacher.execution == built.config.teacher.execution else setting.build(c, built.mesh, built.dataset)
+    built = built if c.teacher.execution == built.config.teacher.execution else setting.build(c, built.mesh, built.dataset)
     name = "standard" if form == "plain" else "slimmable"
-    net = other.teachers[name]
-    create, step = programs.teacher_step(other, name)
-    if form == "plain":
-        work = macs.get(1.0) or costs.macs(net.members[1.0], built.dataset.image_shape)
-    elif c.teacher.sampling == "all":
-        work = sum(macs[w] for w in net.table)
-    else:
-        middle = net.widths[1:-1]
+    net = built.teachers[name]
+    macs = {w: costs.macs(model, shape) for w, model in net.members.items()}
+    work = sum(macs[w] for w in net.table)
+    if name == "slimmable" and c.teacher.sampling == "sandwich":
+        middle = [macs[w] for w in net.widths[1:-1]]
         drawn = min(c.teacher.subnetworks - 2, len(middle))
-        work = macs[net.widest] + macs[net.widths[-1]] + (drawn * statistics.mean(macs[w] for w in middle) if drawn else 0)
+        work = macs[net.widest] + macs[net.widths[-1]] + (drawn * statistics.mean(middle) if drawn else 0)
+    create, step = programs.teacher_step(built, name)
     size = c.teacher.batch_size
-    batches = other.batches(size, 0)
-    return Case(f"teacher step, {form}", step.lower, lambda: create(0, None), {}, batches, size, 6.0 * work * size)
+    return Case(step.lower, lambda: create(0, None), {}, built.batches(size, 0), size, 6.0 * work * size)
 
 
-def _variables(net, shape, width: float) -> dict:
-    variables = net.extract(*net.init(jax.random.key(0), shape), width)
+def _student(built: setting.Setting, plan, stage, several) -> Case:
+    c, shape, net = built.config.student, built.dataset.image_shape, built.teachers.get(stage.teacher)
+    here, count = built.on(several), several.count if several else 1
+    distillation = built.distillation(stage.teacher, {w for s in plan for w in s.widths}) if stage.widths else None
+    create, steps = programs.student_steps(built, plan, distillation, several)
+    step, seeds = steps[stage.widths], np.arange(count, dtype=np.uint32) if several else 0
+    frozen = {w: here.place(_variables(built, net, w)) for w in stage.widths}
+    taught = statistics.mean(costs.macs(net.members[w], shape) for w in stage.widths) if stage.widths else 0.0
+    work = 6.0 * costs.macs(built.student, shape) * count + 2.0 * taught
+    size = c.batch_size
+    return Case(step.lower, lambda: create(seeds, None), {"teacher": frozen}, here.batches(size, 0), size, work * size)
+
+
+def _variables(built: setting.Setting, net, width: float) -> dict:
+    shape = built.dataset.image_shape
+    variables = jax.jit(lambda key: net.extract(*net.init(key, shape), width))(jax.random.key(0))
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
-def _evaluation(built: setting.Setting, name: str, model, variables: dict, macs: int) -> Case:
-    size, variables = built.evaluator.batch_size, built.place(variables)
+def _evaluation(built: setting.Setting, model, make: Callable[[], dict]) -> Case:
+    size = built.evaluator.batch_size
 
     def batches(step: int) -> dict:
         return sharding.put_batch(built.mesh, next(data.eval_batches(built.dataset.test, size)))
 
-    def lower(state, batch):
+    def lower(variables, batch):
         return built.evaluator.score.lower(model, variables, batch)
 
-    return Case(name, lower, lambda: variables, {}, batches, size, 2.0 * macs * size)
+    work = 2.0 * costs.macs(model, built.dataset.image_shape) * size
+    return Case(lower, lambda: built.place(make()), None, batches, size, work)
 
 
 # Timing it.
@@ -242,13 +232,13 @@ def _evaluation(built: setting.Setting, name: str, model, variables: dict, macs:
 class Timer:
     """Compiles a case and runs it for about `seconds` a round: with a batch at hand, and as training does, batch by batch."""
 
-    def __init__(self, case: Case, seconds: float):
-        self.case, self._train = case, "evaluation" not in case.name
+    def __init__(self, name: str, case: Case, seconds: float):
+        self.name, self.case = name, case
         self._state = case.make()
         self._most, self._at = getattr(case.batches, "most", 1), 0
         self._batch = self._next()
         begun = time.perf_counter()
-        lowered = case.lower(self._state, self._batch)
+        lowered = case.lower(self._state, self._batch, **(case.extra or {}))
         self.trace_seconds = time.perf_counter() - begun
         self._compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - begun - self.trace_seconds
@@ -267,7 +257,7 @@ class Timer:
         begun = time.perf_counter()
         for _ in range(dispatches):
             batch = self._next() if fed else self._batch
-            if self._train:
+            if self.case.extra is not None:
                 self._state, out = self._compiled(self._state, batch, **self.case.extra)
             else:
                 out = self._compiled(self._state, batch)
@@ -284,7 +274,7 @@ class Timer:
         traffic = float(work.get("bytes accessed", 0.0))
         waits = [max(0.0, 1 - a / f) for a, f in self.found]
         return {
-            "name": self.case.name,
+            "name": self.name,
             "batch": self.case.batch,
             "steps_per_dispatch": self._most,
             "trace_seconds": self.trace_seconds,
