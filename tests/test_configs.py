@@ -53,7 +53,7 @@ def test_pairs_have_the_references_recipe(pair):
     assert dkd.beta == (PAIRS[pair][0] or dkd.beta) and review.weight == (PAIRS[pair][1] or review.weight)
 
 
-@one("vgg13-MobileNetV2")
+@one("vgg13-vgg8")
 def test_pairs_fit_at_every_width(pair):
     c = load(f"cifar100.py:{pair}")
     facts = {"image_shape": (32, 32, 3), "num_classes": 100, "train_images": 50_000}

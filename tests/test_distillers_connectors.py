@@ -322,7 +322,8 @@ def inside(grads, like):
 
 
 @pytest.mark.parametrize("pair, widths", [
-    ("cross", (0.5, 1.0)), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("same", (1.0,)), ("resnet", (0.5,))))
+    ("cross", (0.5,)),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("same", (1.0,)), ("cross", (1.0,)), ("resnet", (0.5,)))),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_follow_the_widths(name, pair, widths, pairs):

@@ -434,7 +434,8 @@ def test_modules_follow_the_widths(name, pair, pairs):
         return metrics["distillation"], (value, new, metrics)
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
-    for width, teacher in teachers.items():
+    for width in [w for w in teachers if w < 1 or pair != "cross"]:  # the whole width only once
+        teacher = teachers[width]
         (value, (weighed, new, metrics)), (g_params, g_student, g_teacher) = run(params, student, teacher, width)
         assert np.isfinite(value) and value.shape == () and all(np.all(np.isfinite(m)) for m in metrics.values())
         options = distillers.fields(MODULES[name])

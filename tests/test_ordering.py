@@ -78,7 +78,9 @@ def built(name):
     shape = (MODELS[name][0],) * 2 + (3,)
 
     def make(w):
-        return models.from_name(name, None, "", "")[0](width=w) if ":" in name else models.create(name, width=w)
+        if ":" in name:
+            return models.from_name(name, None, "", "")[0](width=w)
+        return models.create(name, width=w).clone(**({"depth": 2} if name.startswith("vit") else {}))
 
     model = make(1.0)
     return model, made_up(model, shape), shape, models.abstract(make(0.5), shape)

@@ -127,7 +127,7 @@ def test_full_width_is_the_plain_model_exactly(batch):
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [0.25, *(pytest.param(w, marks=pytest.mark.slow) for w in WIDTHS[1:])])
 @pytest.mark.parametrize("module", [Depthwise, Concat])
 def test_other_families_slice_to_the_narrow_member(module, width, batch):
     net = network(make=lambda w: module(width=w))
@@ -290,7 +290,7 @@ def test_joint_loss_and_gradient_are_the_sums_over_widths(loss, trio, batch):
 
 
 def test_masked_and_sliced_sandwich_steps_agree(batch):
-    sliced, masked = (network(widths=(0.25, 0.5, 1.0), execution=e) for e in ("take", "mask"))
+    sliced, masked = (network(make=Depthwise, widths=(0.25, 0.5, 1.0), execution=e) for e in ("take", "mask"))
     params, statistics = sliced.init(jax.random.key(0), IMAGE_SHAPE)
     for options in ({"loss": "inplace_mix"}, {"sampling": "sandwich", "subnetworks": 3, "key": jax.random.key(4)}):
         a = losses(sliced, params, statistics, batch, **options)
@@ -298,7 +298,7 @@ def test_masked_and_sliced_sandwich_steps_agree(batch):
 
 
 def test_sandwich_takes_both_ends_and_what_was_drawn(batch):
-    net = network(widths=(0.25, 0.5, 1.0), batch_norm="shared", pool=(0.375, 0.625))
+    net = network(make=Depthwise, widths=(0.25, 0.5, 1.0), batch_norm="shared", pool=(0.375, 0.625))
     params, statistics = net.init(jax.random.key(0), IMAGE_SHAPE)
     key = jax.random.key(7)
     drawn = [net.widths[1:-1][int(i)] for i in slimmable.draws(net, 4, key)]
