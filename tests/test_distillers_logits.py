@@ -218,7 +218,8 @@ MIDWAY = distillers.Progress(jnp.int32(1), jnp.int32(100), jnp.float32(5.0))
 
 
 @pytest.mark.parametrize("name, pair", [
-    *((n, "cross") for n in MODULES), *(pytest.param(n, "same", marks=pytest.mark.slow) for n in MODULES), ("ofa", "resnet")
+    *((n, "cross") for n in MODULES),
+    *(pytest.param(n, p, marks=pytest.mark.slow) for n, p in [*((n, "same") for n in MODULES), ("ofa", "resnet")]),
 ])  # fmt: skip
 def test_modules_follow_the_widths(name, pair, pairs):
     student, teachers = pairs[pair]
