@@ -461,8 +461,14 @@ def initial(name, pair):
     return perturbed(params), state
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name, pair",
+    [
+        pytest.param(name, pair, marks=[pytest.mark.slow] * (name == "semckd" and pair == "same shape"))
+        for name in MODULES
+        for pair in PAIRS
+    ],
+)
 def test_modules_train_the_active_block(name, pair):
     fitted, student, teachers, batch = fit(name, _real(**PAIRS[pair]))
     params, state = initial(name, pair)
