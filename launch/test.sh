@@ -15,5 +15,5 @@ make_venv "$venv" "$python" 'pytest>=8,<10' 'pytest-xdist>=3.6,<4' 'ruff==0.14.*
 "$venv/bin/shellcheck" -x launch/*.sh launch/slurm.sbatch
 export JAX_PLATFORMS=cpu
 # Compiled programs are kept between tests and runs; each test process has one core's worth of work to do.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$venv/jax_cache} JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$venv/jax_cache} JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.02
 "$venv/bin/python" -m pytest -n 2 --dist worksteal ${chosen[@]+"${chosen[@]}"} "$@"

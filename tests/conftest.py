@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# In the environment, so that commands which tests start compile the same programs as the tests, and find them kept.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # Tiny shapes: compiling costs more than running, so let LLVM do less of it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
@@ -14,8 +16,7 @@ import numpy as np
 import pytest
 
 from pwkd_jax import models, slimmable
-
-jax.config.update("jax_default_matmul_precision", "highest")
+from pwkd_jax.models import resnet
 
 IMAGE_SHAPE = (8, 8, 3)
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
@@ -38,7 +39,21 @@ def batch():
 
 
 def family(width: float):
-    return models.create("resnet8", width=width, num_classes=10)
+    """A CIFAR ResNet of one block with a shortcut: all that resnet8 has, and quick to compile."""
+    return resnet.ResNet(blocks=(1,), full_channels=(16, 32), width=width)
+
+
+def made_up(model, image_shape, seed: int = 0) -> dict:
+    """Variables of a network that behaves, drawn by NumPy: compiling an initialiser takes longer than all else of a test."""
+    noise = np.random.default_rng(seed).standard_normal
+
+    def draw(path, like):
+        drawn, fan_in = noise(like.shape, np.float32), max(1, np.prod(like.shape[:-1]))
+        if path[-1].key in ("scale", "var"):
+            return 1 + 0.1 * np.abs(drawn)
+        return drawn * np.float32((2 / fan_in) ** 0.5 if len(like.shape) > 1 else 0.1)
+
+    return jax.tree_util.tree_map_with_path(draw, models.abstract(model, image_shape))
 
 
 def network(**options) -> slimmable.Slimmable:
@@ -58,6 +73,12 @@ def varied(variables: dict, seed: int = 0) -> dict:
     noise = np.random.default_rng(seed).standard_normal
     stats = jax.tree.map(lambda x: x + 0.1 * np.abs(noise(x.shape, np.float32)), variables.get("batch_stats", {}))
     return {"params": jax.tree.map(lambda x: x + 0.05 * noise(x.shape, np.float32), variables["params"]), "batch_stats": stats}
+
+
+def network_outputs(name: str, width: float, images) -> models.Outputs:
+    """Of a network in training, layer by layer: blocks that repeat are then compiled once."""
+    model = models.create(name, width=width)
+    return models.apply(model, made_up(model, images.shape[1:]), images, train=True)[0]
 
 
 def close(a, b, tolerance: float) -> None:

@@ -91,7 +91,8 @@ def test_one_whole_stage_is_plain_distillation(tmp_path):
     assert identical(a, b)
 
 
-@pytest.mark.parametrize("name", ["simkd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kd+crd", "ft"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["simkd", "kd+crd", "ft"])
 def test_methods_with_connectors_state_and_phases_go_through_the_stages(name, tmp_path):
     options = [f"--config.student.distiller.name={name}", "--config.arms=pwkd", "--config.student.standardise_logits=true"]
     options += [f"--config.{who}.duration=300 steps" for who in ("teacher", "student")]
@@ -118,17 +119,17 @@ def test_arms_and_seeds_can_be_added_to_a_workdir(tmp_path, capsys):
     assert "holds runs with student.schedule.peak = 0.1, not 0.3; give another workdir" in capsys.readouterr().err
 
 
-KILLS = [("teacher/slimmable", 10), ("students/pwkd/seed0", 12), ("students/pwkd/seed0", 15)]
+KILLS = [("teacher/slimmable", 10), ("students/pwkd/seed0", 15), ("students/pwkd/seed0", 12)]
 
 
-def test_killed_at_any_time_ends_like_an_unbroken_run(tmp_path):
-    """kill -9 in the teacher's training, at a stage's end and within stage 2; the same command again ends bit-identical."""
+@pytest.mark.parametrize("kills", [KILLS[:2], pytest.param(KILLS[::2], marks=pytest.mark.slow)], ids=["within", "at the end"])
+def test_killed_at_any_time_ends_like_an_unbroken_run(kills, tmp_path):
+    """kill -9 in the teacher's training, and within stage 2 or at a stage's end; the same command again ends bit-identical."""
     options = ["--config.arms=pwkd", "--config.student.reset=momentum"]
-    line, environment = command(*options, f"--workdir={tmp_path / 'whole'}")
-    subprocess.run(line, env=environment, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert train.main([*TINY, *options, f"--workdir={tmp_path / 'whole'}"]) == 0
     line, environment = command(*options, f"--workdir={tmp_path / 'broken'}")
     killed = 0
-    for run, step in KILLS:
+    for run, step in kills:
         process = subprocess.Popen(line, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         waiting = tmp_path / "broken" / run / "checkpoints" / str(step)
         deadline = time.monotonic() + 240
@@ -137,7 +138,7 @@ def test_killed_at_any_time_ends_like_an_unbroken_run(tmp_path):
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         assert not (tmp_path / "broken" / "summary.json").exists() or process.returncode == 0
-    assert killed >= 2  # the runs are short: one may be over before it is shot
+    assert killed  # the runs are short: one may be over before it is shot
     subprocess.run(line, env=environment, cwd=ROOT, check=True, capture_output=True, timeout=300)
     for run in ("teacher/slimmable", "students/pwkd/seed0"):
         assert identical(final(tmp_path / "whole", run, 24), final(tmp_path / "broken", run, 24))
@@ -185,7 +186,7 @@ def test_tfds_images_train_through_the_same_road(tmp_path):
     overrides = [
         f"data.data_dir={SHARED}", "data.train_split=train[:160]", "data.test_split=test[:40]", "arms=pwkd", "seeds=1",
         "teacher.model=test_training:Tiny", "student.model=test_training:Tiny", "student.width=0.5",
-        "teacher.duration=4 steps", "student.duration=8 steps",
+        "teacher.widths=(0.5,1.0)", "teacher.duration=4 steps", "student.duration=8 steps",
     ]  # fmt: skip
     arguments = ["--config=configs/cifar10.py", *(f"--config.{o}" for o in overrides), f"--workdir={tmp_path / 'w'}"]
     assert train.main(arguments) == 0
@@ -220,10 +221,11 @@ np.savez(sys.argv[2], *leaves)
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path):
     found = []
     for count in (1, 8):
-        flags = f"--xla_force_host_platform_device_count={count}"
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
         environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
         line = [sys.executable, "-c", EIGHT, str(count), str(tmp_path / f"{count}.npz")]
         subprocess.run(line, env=environment, cwd=ROOT, check=True, timeout=300)

@@ -20,10 +20,12 @@ PAIRS = {
     "ResNet50-MobileNetV2": (8, 30), "ResNet50-vgg8": (None, None), "resnet32x4-ShuffleV1": (8, 5),
     "resnet32x4-ShuffleV2": (8, 8), "wrn_40_2-ShuffleV1": (8, 5),
 }  # fmt: skip
-# The pairs that compile fast enough for every run; the others are the same tests, with --all.
-FAST = ("wrn_40_2-wrn_16_2", "vgg13-MobileNetV2")
-SOME_FAST = [pytest.param(pair, marks=[pytest.mark.slow] * (pair not in FAST)) for pair in PAIRS]
 IMAGENET = {"resnet34-resnet18": (0.5, 1), "resnet50-mobilenetv1": (2, 8), "vit_base-vit_tiny": (None, None)}
+
+
+def one(fast: str):
+    """All pairs, of which one compiles fast enough for every run; the others are the same test, with --all."""
+    return pytest.mark.parametrize("pair", [pytest.param(p, marks=[pytest.mark.slow] * (p != fast)) for p in PAIRS])
 
 
 def load(spec: str, *overrides: str):
@@ -51,7 +53,7 @@ def test_pairs_have_the_references_recipe(pair):
     assert dkd.beta == (PAIRS[pair][0] or dkd.beta) and review.weight == (PAIRS[pair][1] or review.weight)
 
 
-@pytest.mark.parametrize("pair", SOME_FAST)
+@one("vgg13-vgg8")
 def test_pairs_fit_at_every_width(pair):
     c = load(f"cifar100.py:{pair}")
     facts = {"image_shape": (32, 32, 3), "num_classes": 100, "train_images": 50_000}
@@ -136,8 +138,7 @@ def test_configs_import_their_neighbours_and_no_others(tmp_path, monkeypatch):
     assert sys.path == path and not {"near", "cifar100"} & (set(sys.modules) - loaded)
 
 
-
-@pytest.mark.parametrize("pair", SOME_FAST)
+@one("vgg13-vgg8")
 def test_every_pair_takes_a_step_of_distillation(pair, monkeypatch):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +91,19 @@ def fast(name: str, pair: str) -> bool:
     return pair == ("same shape" if name in ("fsp", "kdsvd") else "other channels")
 
 
-@pytest.mark.parametrize("widths", [(0.25, 1.0), pytest.param((0.5, 0.75), marks=pytest.mark.slow)], ids=["ends", "middle"])
+@functools.cache
+def served() -> dict[tuple[str, str], set[float]]:
+    """{(method, pair): the widths that it serves} of the README's table, whose derivation takes a minute."""
+
+    def widths(cell: str) -> set[float]:
+        word, *found = re.findall(r"yes|no|at|[\d.]+", cell.partition("[")[0])
+        return {"yes": set(WIDTHS), "no": set(), "at": {float(w) for w in found}}[word]
+
+    rows = re.findall(r"^\| `(\w+)` \|.*?\|.*?\|(.*)\|(.*)\|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return {(name, pair): widths(cell) for name, *cells in rows for pair, cell in zip(PAIRS, cells, strict=True)}
+
+
+@pytest.mark.parametrize("widths", [(0.25,), pytest.param((0.5, 0.75, 1.0), marks=pytest.mark.slow)], ids=["narrow", "others"])
 @pytest.mark.parametrize(
     "name, pair",
     [
@@ -100,15 +113,14 @@ def fast(name: str, pair: str) -> bool:
     ],
 )
 def test_it_lowers_its_own_loss_or_refuses(name, pair, widths):
-    expected = compatibility.verdict(name, pair)
     for width in widths:
         try:
             fitted, variables = build(name, PAIRS[pair], (width, 1.0))
         except UserError as e:
             assert str(e).startswith("student.distiller: ") and "\n" not in str(e) and len(str(e)) > 60
-            assert expected[width], f"refused at {width}: {e}"
+            assert width not in served()[name, pair], f"refused at {width}: {e}"
             continue
-        assert not expected[width]
+        assert width in served()[name, pair]
         # Another size differs only in connectors' strides: one width says all.
         if pair != "other size" or width == 1.0:
             learns(fitted, variables, PAIRS[pair], width)
@@ -190,14 +202,14 @@ for name in sys.argv[1].split(","):
         assert worst < 2e-3, (name, worst)
 print("all")
 """
-# Losses between the images of a batch, over the whole data set, over batch statistics and over maps.
-ACROSS = ("at", "cc", "crd", "dist", "kd", "pkt", "sp")
+# Losses over maps, over the whole data set, and between the images of a batch.
+ACROSS = ("at", "crd", "dist")
 ALL = pytest.param(sorted(distillers.BUILTIN), marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("names", [ACROSS, ALL], ids=["some", "all"])
 def test_eight_devices_give_the_loss_and_gradients_of_one(names):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", EIGHT, ",".join(names)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580

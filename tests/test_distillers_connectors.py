@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import close
+from conftest import close, network_outputs
 from scipy import integrate, stats
 from test_distillers import BATCH
 
@@ -276,12 +276,6 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def network_outputs(name, width, images):
-    model = models.create(name, width=width)
-    run = jax.jit(lambda key, x: models.apply(model, model.init(key, x, train=True), x, train=True)[0])
-    return run(jax.random.key(3), images)
-
-
 SAME = ((8, 8, 6), (4, 4, 8), (2, 2, 10))
 CROSS = ((16, 16, 8), (4, 4, 12), (1, 1, 20))
 
@@ -327,7 +321,10 @@ def inside(grads, like):
     return result
 
 
-@pytest.mark.parametrize("pair, widths", [("same", (1.0,)), ("cross", (0.5, 1.0)), ("resnet", (0.5,))])
+@pytest.mark.parametrize("pair, widths", [
+    ("cross", (0.5,)),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("same", (1.0,)), ("cross", (1.0,)), ("resnet", (0.5,)))),
+])  # fmt: skip
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_follow_the_widths(name, pair, widths, pairs):
     """Finite, weighed as declared, gradients to the student and to the active block alone, none to the teacher."""

@@ -22,7 +22,6 @@ from pwkd_jax.training import distributed, preemption
 
 ARMS = ["--config.arms=pwkd", "--config.log.tensorboard=false"]
 RUNS = ("teacher/slimmable", "students/pwkd/seed0")
-EXACT = "import sys, jax; jax.config.update('jax_default_matmul_precision', 'highest'); from pwkd_jax import train; "
 PATIENCE = 400
 
 
@@ -33,7 +32,7 @@ def free_port() -> int:
 
 def start(workdir: Path, *options: str, devices: int, by_hand: tuple[str, ...] = ()) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": str(devices)}
-    line = [sys.executable, "-c", EXACT + "sys.exit(train.main(sys.argv[1:]))", *TINY, *ARMS, *options]
+    line = [sys.executable, "-m", "pwkd_jax.train", *TINY, *ARMS, *options]
     line += [f"--workdir={workdir}", *by_hand]
     with open(f"{workdir}.{len(list(workdir.parent.glob(f'{workdir.name}.*')))}.log", "w") as log:
         return subprocess.Popen(line, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.PIPE, text=True)
@@ -145,7 +144,7 @@ def terminated_at(look: int, monkeypatch) -> None:
     [
         pytest.param(1, None, id="before the first run", marks=pytest.mark.slow),
         pytest.param(3, 1, id="compiling", marks=pytest.mark.slow),
-        pytest.param(9, 7, id="within a window"),
+        pytest.param(9, 7, id="within a window", marks=pytest.mark.slow),
         pytest.param(10, 8, id="evaluating"),
     ],
 )

@@ -244,24 +244,33 @@ def test_gke_workload(stubs):
 SWEEP = "config = 'configs/digits.py'\n[grid]\n'student.width' = [0.125, 0.25]\n"
 
 
-@pytest.fixture
-def sweep(tmp_path):
-    (tmp_path / "s.toml").write_text(SWEEP)
-    return str(tmp_path / "s.toml")
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """(a sweep, a Python that answers from memory what it was asked before: pwkd_jax takes seconds to import)."""
+    here = tmp_path_factory.mktemp("sweep")
+    (here / "s.toml").write_text(SWEEP)
+    (here / "python").write_text(
+        f'#!/usr/bin/env bash\nknown="{here}/$(printf %s "$*" | cksum | tr -d " ")"\n'
+        f'[ -f "$known" ] || {shlex.quote(sys.executable)} "$@" >"$known" && cat "$known"\n'
+    )
+    (here / "python").chmod(0o755)
+    return str(here / "s.toml"), {"PYTHON": str(here / "python")}
 
 
 def test_gke_sweep_waits_for_the_teachers(stubs, sweep):
-    _, calls = stubs("gke_xpk.sh", "sweep", "--", sweep, "--root=/mnt/r", **GKE, IMAGE="i")
+    path, python = sweep
+    _, calls = stubs("gke_xpk.sh", "sweep", "--", path, "--root=runs/r", **GKE, **python, IMAGE="i")
     assert [c[2] for c in calls] == ["create", "list", "create", "create"]
     assert "--wait-for-job-completion=run1-0" in calls[1]
     assert [c[-1].rpartition("--run=")[2] for c in calls if c[2] == "create"] == ["0", "1", "2"]
 
 
 def test_slurm_sweep_is_two_arrays_of_which_one_waits(stubs, sweep):
-    done, calls = stubs("slurm.sbatch", "--dry-run", "sweep", sweep, "runs/r", "--partition=gpu")
+    path, python = sweep
+    done, calls = stubs("slurm.sbatch", "--dry-run", "sweep", path, "runs/r", "--partition=gpu", **python)
     assert not calls and len(done.stdout.splitlines()) == 2 and "afterok:JOB" in done.stdout
-    _, calls = stubs("slurm.sbatch", "sweep", sweep, "runs/r", "--partition=gpu")
-    end = ["--partition=gpu", "launch/slurm.sbatch", "sweep", sweep, "runs/r"]
+    _, calls = stubs("slurm.sbatch", "sweep", path, "runs/r", "--partition=gpu", **python)
+    end = ["--partition=gpu", "launch/slurm.sbatch", "sweep", path, "runs/r"]
     assert calls == [
         ["sbatch", "--parsable", "--array=0-0", *end],
         ["sbatch", "--parsable", "--array=1-2", "--dependency=afterok:4711", "--kill-on-invalid-dep=yes", *end],
