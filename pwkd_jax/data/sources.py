@@ -4,12 +4,10 @@ array_record, read without TensorFlow and without the network. Decoded once into
 import bisect
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -158,10 +156,10 @@ def _ranges(key: str, spec: str, name: str, shards: Mapping[str, list[int]]) -> 
 
 
 def _digits() -> _Store:
-    # What sklearn.datasets.load_digits reads: to import that takes seconds, which every run would spend.
-    package = Path(importlib.util.find_spec("sklearn").origin).parent
-    values, labels = np.split(np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", delimiter=","), [64], axis=1)
-    images, labels = np.rint(values * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1), labels[:, 0]
+    from sklearn.datasets import load_digits
+
+    values, labels = load_digits(return_X_y=True)
+    images = np.rint(values * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     is_test = np.arange(len(labels)) % 3 == 2
     splits = {s: Split(images[m], labels[m].astype(np.int32)) for s, m in (("train", ~is_test), ("test", is_test))}
 
