@@ -10,13 +10,15 @@ by round, so that ratios hold on a busy machine too. Exits with code 2 and one s
 """
 
 import argparse
+import contextlib
+import copy
 import functools
 import json
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -102,8 +104,6 @@ def benchmark(
     """What the command prints, as plain data; tell: called with a line before every part. Raises UserError."""
     if jax.process_count() > 1:
         raise UserError("benchmark: is for one process; the steps of several are in their own metrics.jsonl")
-    # What is compiled is timed, so nothing may come from an earlier command.
-    jax.config.update("jax_enable_compilation_cache", False)
     built = _synthetic(settings) if synthetic else setting.prepare(settings)
     cases = _cases(built)
     wanted = [name for name in cases if only in name]
@@ -111,12 +111,14 @@ def benchmark(
         raise UserError(f"--only: no program has '{only}' in its name; there are {'; '.join(cases)}")
     peak, source = (peak, "as given") if peak else _peak(settings.dtype)
     timers, notes = [], []
-    for number, name in enumerate(wanted, 1):
-        tell(f"{number}/{len(wanted)} compiling {name} ...")
-        try:
-            timers.append(Timer(name, cases[name](), seconds))
-        except UserError as e:
-            notes.append(f"{name}: {e}")
+    # Compiling is timed, so nothing may come from an earlier command.
+    with _nothing_kept():
+        for number, name in enumerate(wanted, 1):
+            tell(f"{number}/{len(wanted)} compiling {name} ...")
+            try:
+                timers.append(Timer(name, cases[name](), seconds))
+            except UserError as e:
+                notes.append(f"{name}: {e}")
     for number in range(rounds):
         tell(f"round {number + 1} of {rounds} ...")
         for timer in timers:
@@ -149,7 +151,7 @@ def _synthetic(settings: ConfigDict) -> setting.Setting:
         return data.Split(rng.integers(0, 256, (count, *shape), np.uint8), labels)
 
     dataset = data.Dataset(empty.name, split(len(empty.train)), split(len(empty.test)), classes)
-    bare = ConfigDict(settings).unlock()
+    bare = copy.deepcopy(settings).unlock()
     bare.teacher.weights = bare.student.weights = ""
     bare.data.image_size = 0  # its images are of one size, in RAM
     return setting.build(bare, mesh, dataset)
@@ -177,7 +179,7 @@ def _cases(built: setting.Setting) -> dict[str, Callable[[], Case]]:
 
 
 def _teacher(built: setting.Setting, form: str) -> Case:
-    c, shape = ConfigDict(built.config).unlock(), built.dataset.image_shape
+    c, shape = copy.deepcopy(built.config).unlock(), built.dataset.image_shape
     c.teacher.execution = "mask" if form == "masked" else "take"
     # Rebuilt, so that a family which cannot be masked says so here.
     built = built if c.teacher.execution == built.config.teacher.execution else setting.build(c, built.mesh, built.dataset)
@@ -311,6 +313,16 @@ def _forms(rows: Sequence[dict], built: setting.Setting) -> dict:
                 "compile": row["compile_seconds"] / plain["compile_seconds"],
             }
     return result
+
+
+@contextlib.contextmanager
+def _nothing_kept() -> Iterator[None]:
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def _peak(dtype: str) -> tuple[float, str]:

@@ -15,6 +15,7 @@ with code 1 where a program does not fit.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -161,7 +162,7 @@ def _build(settings: ConfigDict, devices: Sequence, dataset) -> setting.Setting:
     """The setting as training would have it, but for what needs data or weights and does not change a shape."""
     mesh = sharding.make_mesh(settings.mesh.model, devices)
     setting.check_batches(settings, mesh)
-    bare = ConfigDict(settings).unlock()
+    bare = copy.deepcopy(settings).unlock()
     bare.teacher.weights = bare.student.weights = ""
     if not bare.data.mean:
         channels = dataset.image_shape[-1]
@@ -209,7 +210,7 @@ def _suggest(settings, built, where, devices, dataset, wanted, rows, cost, tell)
 
         def need(batch: int, key=key, hungriest=hungriest) -> tuple[int, bool]:
             tell(f"{key}={batch}: {hungriest.name} ...")
-            other = ConfigDict(settings).unlock()
+            other = copy.deepcopy(settings).unlock()
             other.update_from_flattened_dict({key: batch})
             same = next(p for p in programs.programs(_build(other, devices, dataset)) if p.name == hungriest.name)
             result = cost(same)

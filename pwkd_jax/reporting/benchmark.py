@@ -1,4 +1,4 @@
-"""What `python -m pwkd_jax.benchmark` found as text, within 110 columns."""
+"""What `python -m pwkd_jax.benchmark` found as text, within 120 columns."""
 
 from pwkd_jax.reporting.words import count
 
@@ -13,14 +13,14 @@ def text(result: dict) -> str:
         + ("random numbers" if result["data"]["synthetic"] else result["data"]["name"]),
         f"utilisation is of {result['peak_flops'] / 1e12:.3g} TFLOP/s a device, {result['peak_source']}",
         "",
-        f"{'program':<31}{'batch':>6}{'compile s':>10}{'step ms':>9}{'(of rounds)':>19}{'images/s':>10}{'use':>6}{'GB/s':>7}"
+        f"{'program':<29}{'batch':>6}{'compile s':>10}{'step ms':>9}{'(of rounds)':>18}{'images/s':>10}{'use':>6}{'GB/s':>7}"
         f"{'MiB':>7}{'wait':>6}",
     ]
     for row in result["programs"]:
         low, high = min(row["step_seconds_rounds"]), max(row["step_seconds_rounds"])
         spread = f"({_ms(low)} to {_ms(high)})"
         lines.append(
-            f"{row['name']:<31}{row['batch']:>6}{row['compile_seconds']:>10.1f}{_ms(row['step_seconds']):>9}{spread:>19}"
+            f"{row['name']:<29}{row['batch']:>6}{row['compile_seconds']:>10.1f}{_ms(row['step_seconds']):>9}{spread:>18}"
             f"{row['images_per_second']:>10,.0f}{row['utilisation']:>6.0%}{row['traffic_per_second'] / 1e9:>7.1f}"
             f"{row['memory_bytes'] / 2**20:>7.0f}{row['input_wait']:>6.0%}"
         )
@@ -29,8 +29,8 @@ def text(result: dict) -> str:
     for form, found in result["forms"].items():
         middle, low, high = found["plain_steps"]
         lines.append(
-            f"The {form} step takes {middle:.2f} ({low:.2f} to {high:.2f}) plain steps for the work of {found['work']:.2f}: "
-            f"{middle / found['work']:.2f} times its share. It takes {found['compile']:.1f} times as long to compile."
+            f"The {form} step takes {middle:.2f} ({low:.2f} to {high:.2f}) plain steps for the work of {found['work']:.2f}, "
+            f"{middle / found['work']:.2f} times its share;\nto compile, {found['compile']:.1f} times as long."
         )
     lines += [f"Not timed: {note}" for note in result["notes"]]
     if peak := result["device_peak_bytes"]:
