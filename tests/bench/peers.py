@@ -1,11 +1,11 @@
-"""Our training steps beside PyTorch's: python tests/bench/peers.py [--rounds=N] [--batch=B] [--only=ROWS] [--threads=N] [--json=FILE]
+"""Our training steps beside PyTorch's: python tests/bench/peers.py [--only=ROWS] [--rounds=N] [--json=FILE]
 
     eager      KD of resnet32x4 into resnet8x4, float32, as RepDistiller trains: eager, contiguous, its meters read every step
     compiled   the same in PyTorch channels-last under torch.compile, with its fused optimiser
     autocast   that in bfloat16 (ours: --config.dtype=bfloat16), as the best user of a GPU has it
     slimmable  a step of the slimmable teacher: resnet32x4 at four widths, switchable batch norm, eager, float32
 
-Batches of 64 images of 32x32 and 100 classes; the networks' parameters and multiply-accumulates must agree. Ours is the step
+Also --steps (of a round, 2), --batch (64) and --threads (0: a core each). Images of 32x32, 100 classes; the networks' parameters and multiply-accumulates must agree. Ours is the step
 that training runs (configs/cifar100.py, arm kd_standard, images drawn at random) and crops, mirrors and normalises as well;
 PyTorch is given normalised float32 images, for its DataLoader does that elsewhere. On a GPU the time to send them is counted.
 
@@ -48,7 +48,6 @@ class Ours:
         import numpy as np
 
         from pwkd_jax import cache, config, data, programs, setting
-        from pwkd_jax.data import pipeline
         from pwkd_jax.models import compute, costs
         from pwkd_jax.training import sharding
 
@@ -159,14 +158,15 @@ def main(arguments: list[str]) -> int:
     count, steps, batch, threads = (int(options[name]) for name in ("rounds", "steps", "batch", "threads"))
     cores = min(threads or os.cpu_count(), len(os.sched_getaffinity(0)))
     machine = {"processor": processor(), "cores": cores, "load": os.getloadavg()[0]}
-    print(f"{machine['processor']}, {cores} cores, load {machine['load']:.1f} at the start; batch {batch}, {count} rounds of {steps} steps")
+    print(f"{machine['processor']}, {cores} cores, load {machine['load']:.1f}; batch {batch}, {count} rounds of {steps} steps")
     print(f"{'row':<11}{'ours':>9}{'PyTorch':>10}   speed of ours, PyTorch's being 1       CPU")
     rows, known = [], {}
     for row in options["only"].split(","):
         found, versions = measure(row, count, steps, batch, threads)
         rows.append(found)
         known |= versions
-        ms, ratios = found["seconds_a_step"], ["{median:.2f}x ({least:.2f} to {most:.2f})".format(**found[k]) for k in ("speed", "cpu")]
+        ms = found["seconds_a_step"]
+        ratios = ["{median:.2f}x ({least:.2f} to {most:.2f})".format(**found[k]) for k in ("speed", "cpu")]
         print(f"{row:<11}{1e3 * ms['ours']:>6.0f} ms{1e3 * ms['torch']:>7.0f} ms   {ratios[0]:<37}{ratios[1]}", flush=True)
     print(", ".join(f"{name} {value}" for name, value in known.items()))
     if options["json"]:

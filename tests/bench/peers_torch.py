@@ -1,7 +1,7 @@
 """The steps of `peers.py` in PyTorch: CIFAR ResNets in its standard layers, and RepDistiller's and S-Net's training steps.
 
-Everything that imports torch in this repository is here. The networks have the shapes of `pwkd_jax.models.resnet`; the slimmable
-one reads slices of full-width weights, and has batch norm for each width of its own.
+The networks have the shapes of `pwkd_jax.models.resnet`; the slimmable one reads slices of full-width weights, and has batch
+norm of its own for each width.
 """
 
 import numpy as np
