@@ -9,6 +9,7 @@ images at a time, so that the patches stay in the processor's cache.
 Only where JAX has one device and that is a CPU. For other devices, pre-flight's included, XLA keeps its own.
 """
 
+import itertools
 from functools import partial
 
 import flax.linen as nn
@@ -84,7 +85,8 @@ def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padd
         images = lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)))
         ends = (1 + strides[0] * (height - 1), 1 + strides[1] * (width - 1))
         patches = [
-            images[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]] for i in range(size[0]) for j in range(size[1])
+            images[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]]
+            for i, j in itertools.product(*map(range, size))
         ]
         patches, axes = jnp.concatenate(patches, axis=-1), (0, 1, 2)
         return lax.dot_general(patches, cotangent, ((axes, axes), ((), ())), preferred_element_type=jnp.float32)
