@@ -1,10 +1,16 @@
-"""Convolutions on a CPU: their gradient with respect to the kernel as matrix products.
+"""Gradients of convolutions on a CPU, in the forms for which XLA has fast kernels there.
 
-XLA hands a convolution and its gradient with respect to the images to Eigen's kernels, which are as fast as PyTorch's. The
-gradient with respect to the kernel is to XLA a convolution too, of images by a kernel as large as they are, for which Eigen is
-several times slower on maps of 16 pixels or more (tests/bench/convolutions.py). It is also a matrix product: patches of
-the images, [pixels, height * width * channels in], transposed, times the output's gradient, [pixels, channels out]. A few
-images at a time, so that the patches stay in the processor's cache.
+XLA hands a convolution to Eigen, as fast as PyTorch's, where it finds [images, height, width, channels] and a kernel [height,
+width, in, out] with no axis out of place.
+
+With respect to the kernel the gradient is to XLA a convolution of the images by a kernel as large as they are, for which Eigen
+is several times slower on maps of 16 pixels or more (tests/bench/convolutions.py). It is also a matrix product: patches of
+the images, [pixels, height * width * in], transposed, times the output's gradient, [pixels, out]; of a few images at a time, so
+that the patches stay in the processor's cache.
+
+With respect to the images it is a convolution by the kernel turned around. XLA puts the axes of JAX's in place, but in a
+program's main computation alone: within loops and branches (several steps a dispatch, drawn widths) it is several times slower,
+which is jax issue 12868.
 
 Only where JAX has one device and that is a CPU. For other devices, pre-flight's included, XLA keeps its own.
 """
@@ -15,9 +21,13 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
+# What a convolution may be told and still be one of these.
+NEUTRAL = {"lhs_dilation": 1, "rhs_dilation": 1, "feature_group_count": 1, "batch_group_count": 1, "precision": None,
+           "preferred_element_type": None}  # fmt: skip
 # Of one product: more leaves the cache, less is too little work for all threads.
 PATCH_BYTES = 1 << 22
 
@@ -41,10 +51,8 @@ def products():
 
 def convolve(images: jax.Array, kernel: jax.Array, window_strides, padding, **options) -> jax.Array:
     """`lax.conv_general_dilated`, with the gradient of this file where it serves."""
-    ones = (1, 1)
-    plain = all(tuple(options.get(key) or ones) == ones for key in ("lhs_dilation", "rhs_dilation"))
-    groups = options.get("feature_group_count", 1) * options.get("batch_group_count", 1)
-    if jax.default_backend() != "cpu" or jax.device_count() > 1 or images.ndim != 4 or not plain or groups != 1:
+    asked = {key for key, value in options.items() if np.any(np.not_equal(value, NEUTRAL.get(key, value)))}
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or images.ndim != 4 or asked:
         return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], window_strides, padding)
@@ -63,17 +71,30 @@ def _forward(images, kernel, strides, padding):
 
 
 def _backward(strides, padding, saved, cotangent):
-    images, kernel = saved
-    (to_images,) = jax.vjp(lambda x: _plain(x, kernel, strides, padding), images)[1](cotangent)
+    def own(images, kernel, cotangent):
+        return (
+            image_gradient(kernel, cotangent, images.shape[1:3], strides, padding),
+            kernel_gradient(images, cotangent, kernel.shape[:2], strides, padding),
+        )
 
-    def convolution(images, cotangent):
-        return jax.vjp(lambda k: _plain(images, k, strides, padding), kernel)[1](cotangent)[0]
+    def default(images, kernel, cotangent):
+        return jax.vjp(partial(_plain, strides=strides, padding=padding), images, kernel)[1](cotangent)
 
-    product = partial(kernel_gradient, size=kernel.shape[:2], strides=strides, padding=padding)
-    return to_images, lax.platform_dependent(images, cotangent, cpu=product, default=convolution)
+    return lax.platform_dependent(*saved, cotangent, cpu=own, default=default)
 
 
 _convolve.defvjp(_forward, _backward)
+
+
+def image_gradient(kernel: jax.Array, cotangent: jax.Array, size, strides, padding) -> jax.Array:
+    """The output's cotangent [B, H', W', D], strides apart, convolved by the kernel [h, w, C, D] turned around: [B, H, W, C]
+    of `size` (H, W). JAX has the same but for the kernel's axes, which it leaves where they are."""
+    pads = []
+    for whole, (low, _), stride, extent, made in zip(size, padding, strides, kernel.shape, cotangent.shape[1:], strict=False):
+        before = extent - 1 - low
+        pads.append((before, whole + extent - 1 - before - (1 + stride * (made - 1))))
+    kernel = lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)
+    return lax.conv_general_dilated(cotangent, kernel, (1, 1), pads, lhs_dilation=strides, dimension_numbers=NUMBERS)
 
 
 def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padding) -> jax.Array:

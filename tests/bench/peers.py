@@ -5,7 +5,7 @@
     autocast   that in bfloat16 (ours: --config.dtype=bfloat16), as the best user of a GPU has it
     slimmable  a step of the slimmable teacher: resnet32x4 at four widths, switchable batch norm, eager, float32
 
-Also --steps (of a round, 2), --batch (64) and --threads (0: a core each). Images of 32x32, 100 classes; the networks' parameters
+Also --steps (of a round, 2), --batch (64), --threads (0: a core each). Images of 32x32, 100 classes; the networks' parameters
 and multiply-accumulates must agree. Ours is the step that training runs (configs/cifar100.py, arm kd_standard, images drawn at
 random) and crops, mirrors and normalises as well; PyTorch is given normalised float32 images, for its DataLoader does that
 elsewhere. On a GPU the time to send them is counted.
