@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pwkd_jax import models
+from pwkd_jax import costing, models
 from pwkd_jax.models import convolution
+from pwkd_jax.programs import Program
 
 # (images, kernel, strides, padding), with chunks of all images, of some, and of one.
 CASES = {
@@ -118,3 +119,17 @@ def test_other_devices_keep_their_convolutions():
     assert "dot_general" in text["cpu"]
     for platform in ("tpu", "cuda"):
         assert "dot_general" not in text[platform] and text[platform].count("stablehlo.convolution") == 2
+
+
+def test_preflight_reckons_with_convolutions():
+    """What it says of a card comes from a program for the CPU, whose loops XLA's count takes once."""
+    images, kernel = jnp.ones((64, 32, 32, 4)), jnp.ones((3, 3, 4, 8))
+
+    def loss(kernel):
+        out = convolution.convolve(images, kernel, (1, 1), ((0, 0), (0, 0)), dimension_numbers=convolution.NUMBERS)
+        return jnp.sum(out * jnp.arange(8.0))
+
+    program = Program("kernel", jax.jit(lambda k: jax.grad(loss)(k)), (kernel,), {}, 64, "", 1)
+    count = 2 * 64 * 30 * 30 * 9 * 4 * 8  # of the gradient alone; the output itself is not asked for
+    flops = costing.outline(program, 1, None).flops
+    assert count <= flops < 2.5 * count

@@ -12,9 +12,12 @@ With respect to the images it is a convolution by the kernel turned around. XLA 
 program's main computation alone: within loops and branches (several steps a dispatch, drawn widths) it is several times slower,
 which is jax issue 12868.
 
-Only where JAX has one device and that is a CPU. For other devices, pre-flight's included, XLA keeps its own.
+Only where JAX has one device and that is a CPU; XLA's partitioner knows convolutions better than loops of products, and other
+devices, pre-flight's included, have kernels of their own.
 """
 
+import contextlib
+import contextvars
 import itertools
 from functools import partial
 
@@ -30,6 +33,18 @@ NEUTRAL = {"lhs_dilation": 1, "rhs_dilation": 1, "feature_group_count": 1, "batc
            "preferred_element_type": None}  # fmt: skip
 # Of one product: more leaves the cache, less is too little work for all threads.
 PATCH_BYTES = 1 << 22
+
+_own = contextvars.ContextVar("own", default=True)
+
+
+@contextlib.contextmanager
+def left_to_xla():
+    """Context in which this file changes nothing: for a program that is lowered here to be reckoned for another device."""
+    token = _own.set(False)
+    try:
+        yield
+    finally:
+        _own.reset(token)
 
 
 def products():
@@ -52,7 +67,8 @@ def products():
 def convolve(images: jax.Array, kernel: jax.Array, window_strides, padding, **options) -> jax.Array:
     """`lax.conv_general_dilated`, with the gradient of this file where it serves."""
     asked = {key for key, value in options.items() if np.any(np.not_equal(value, NEUTRAL.get(key, value)))}
-    if jax.default_backend() != "cpu" or jax.device_count() > 1 or images.ndim != 4 or asked:
+    here = _own.get() and jax.default_backend() == "cpu" and jax.device_count() == 1
+    if not here or images.ndim != 4 or asked:
         return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], window_strides, padding)
