@@ -18,7 +18,6 @@ devices, pre-flight's included, have kernels of their own.
 
 import contextlib
 import contextvars
-import itertools
 from functools import partial
 
 import flax.linen as nn
@@ -31,6 +30,8 @@ NUMBERS = ("NHWC", "HWIO", "NHWC")
 # What a convolution may be told and still be one of these.
 NEUTRAL = {"lhs_dilation": 1, "rhs_dilation": 1, "feature_group_count": 1, "batch_group_count": 1, "precision": None,
            "preferred_element_type": None}  # fmt: skip
+# Maps of fewer pixels than this XLA's own gradients serve as well, and compile sooner.
+PIXELS = 65
 # Of one product: more leaves the cache, less is too little work for all threads.
 PATCH_BYTES = 1 << 22
 
@@ -68,7 +69,7 @@ def convolve(images: jax.Array, kernel: jax.Array, window_strides, padding, **op
     """`lax.conv_general_dilated`, with the gradient of this file where it serves."""
     asked = {key for key, value in options.items() if np.any(np.not_equal(value, NEUTRAL.get(key, value)))}
     here = _own.get() and jax.default_backend() == "cpu" and jax.device_count() == 1
-    if not here or images.ndim != 4 or asked:
+    if not here or asked or images.ndim != 4 or images.shape[1] * images.shape[2] < PIXELS:
         return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], window_strides, padding)
@@ -120,12 +121,12 @@ def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padd
 
     def product(images, cotangent):
         images = lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)))
-        ends = (1 + strides[0] * (height - 1), 1 + strides[1] * (width - 1))
-        patches = [
-            images[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]]
-            for i, j in itertools.product(*map(range, size))
-        ]
-        patches, axes = jnp.concatenate(patches, axis=-1), (0, 1, 2)
+        patches, axes = images, (0, 1, 2)
+        for axis in (2, 1):  # one after the other: as fast as all windows at once, and compiled in half the time
+            taken, step = cotangent.shape[axis], strides[axis - 1]
+            ends = [first + 1 + step * (taken - 1) for first in range(size[axis - 1])]
+            windows = [lax.slice_in_dim(patches, first, end, step, axis) for first, end in enumerate(ends)]
+            patches = jnp.concatenate(windows, axis=-1)
         return lax.dot_general(patches, cotangent, ((axes, axes), ((), ())), preferred_element_type=jnp.float32)
 
     shape = (*size, images.shape[-1], made)
