@@ -4,7 +4,7 @@ XLA hands a convolution to Eigen, as fast as PyTorch's, where it finds [images, 
 width, in, out] with no axis out of place.
 
 With respect to the kernel the gradient is to XLA a convolution of the images by a kernel as large as they are, for which Eigen
-is several times slower on maps of 16 pixels or more (tests/bench/convolutions.py). It is also a matrix product: patches of
+is several times slower on maps of 16x16 pixels or more (tests/bench/convolutions.py). It is also a matrix product: patches of
 the images, [pixels, height * width * in], transposed, times the output's gradient, [pixels, out]; of a few images at a time, so
 that the patches stay in the processor's cache.
 
