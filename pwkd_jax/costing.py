@@ -19,6 +19,7 @@ import jax
 
 from pwkd_jax.errors import UserError
 from pwkd_jax.files import replace
+from pwkd_jax.models import convolution
 from pwkd_jax.programs import Program
 from pwkd_jax.training.collectives import collectives
 
@@ -77,7 +78,8 @@ def outline(program: Program, devices: int, directory: Path | None) -> Cost:
 
 
 def _kept(program: Program, target: str, directory: Path | None, compile: Callable[[jax.stages.Lowered], Cost]) -> Cost:
-    lowered = program.lower()
+    with convolution.left_to_xla():
+        lowered = program.lower()
     versions = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "libtpu")]
     text = "\n".join((lowered.as_text(), target, *versions))
     path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json" if directory else None

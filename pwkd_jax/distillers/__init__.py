@@ -63,6 +63,7 @@ from pwkd_jax.distillers.standardise import standardise
 from pwkd_jax.distillers.student_friendly import StudentFriendly
 from pwkd_jax.distillers.vid import VID
 from pwkd_jax.errors import UserError
+from pwkd_jax.models import convolution
 
 BUILTIN = {
     "ab": AB, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "ctkd": CTKD, "dist": DIST, "dkd": DKD, "fitnet": FitNet,
@@ -196,10 +197,12 @@ class Distillation:
         if self.standardise:
             student, teacher = (out._replace(logits=standardise(out.logits)) for out in (student, teacher))
         inputs = (student, teacher, batch, progress)
-        (loss, metrics), new = self.distiller.apply(block, *inputs, rngs=rngs, mutable=list(state))
+        with convolution.products():
+            (loss, metrics), new = self.distiller.apply(block, *inputs, rngs=rngs, mutable=list(state))
         total = getattr(self.distiller, "ce_weight", 1.0) * ce + getattr(self.distiller, "weight", 1.0) * loss
         if _starts(self.distiller):
-            (first, _), started = self.distiller.apply(block, *inputs, rngs=rngs, mutable=list(state), method="initial")
+            with convolution.products():
+                (first, _), started = self.distiller.apply(block, *inputs, rngs=rngs, mutable=list(state), method="initial")
             now = progress.epoch < self.distiller.initial_epochs
             if not self.distiller.initial_each_stage:
                 now &= progress.stage == 0

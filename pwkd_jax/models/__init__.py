@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pwkd_jax.errors import UserError
+from pwkd_jax.models import convolution
 
 
 class Outputs(NamedTuple):
@@ -111,7 +112,8 @@ def create(name: str, *, width: float = 1.0, num_classes: int = 10, **options) -
 def apply(model: nn.Module, variables: dict, images: jax.Array, *, train: bool) -> tuple[Outputs, dict]:
     """Run `model` on images [B, H, W, C]; returns its Outputs and its new batch statistics ({} unless training)."""
     if train:
-        out, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        with convolution.products():
+            out, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
         return as_outputs(out), dict(updated).get("batch_stats", {})
     return as_outputs(model.apply(variables, images, train=False)), {}
 

@@ -50,7 +50,7 @@ def measure(model: nn.Module, shape, batch_size: int, images: int, most: int, st
         return data.normalise(batch, (0.5,) * shape[-1], (0.25,) * shape[-1])
 
     plan = [Stage("slimmable", (), 0, 1 << 30)]
-    step = student.make_step(model, {}, (), None, plan, tx, lambda s: 0.01, preprocess)
+    step = student.make_step(model, {}, (), None, plan, tx, lambda s: 0.01, preprocess, images=images)
     step = functools.partial(sharding.jit_step(mesh, dispatch.many(step, shape)), teacher={})
     ways = {
         "host": lambda n: sharding.put_batch(mesh, pipeline(n)) | {"dataset_label": stored["label"]},

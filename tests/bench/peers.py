@@ -1,0 +1,181 @@
+"""Our training steps beside PyTorch's: python tests/bench/peers.py [--only=ROWS] [--rounds=N] [--json=FILE]
+
+    eager      KD of resnet32x4 into resnet8x4, float32, as RepDistiller trains: eager, contiguous, its meters read every step
+    compiled   the same in PyTorch channels-last under torch.compile, with its fused optimiser
+    autocast   that in bfloat16 (ours: --config.dtype=bfloat16), as the best user of a GPU has it
+    slimmable  a step of the slimmable teacher: resnet32x4 at four widths, switchable batch norm, eager, float32
+
+Also --steps (of a round, 2), --batch (64), --threads (0: a core each). Images of 32x32, 100 classes; the networks' parameters
+and multiply-accumulates must agree. Ours is the step that training runs (configs/cifar100.py, arm kd_standard, images drawn at
+random) and crops, mirrors and normalises as well; PyTorch is given normalised float32 images, for its DataLoader does that
+elsewhere. On a GPU the time to send them is counted.
+
+Each side is a process of its own, and they take turns: while one runs, the other waits for a message and spins no threads, and
+each has the threads, flags and memory it has in real use, which in one process they would not. Both are held to the
+same cores. A ratio is PyTorch's time over ours in one round, so above 1 we are faster: median (smallest to largest). CPU is
+the ratio of processor time, which other load on the machine disturbs less than the wall clock's.
+
+PyTorch is no requirement of ours: pip install torch beside requirements.txt; without it this says so and measures nothing.
+"""
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+# row: (slimmable teacher or student, PyTorch compiled, dtype)
+ROWS = {
+    "eager": (False, False, "float32"),
+    "compiled": (False, True, "float32"),
+    "autocast": (False, True, "bfloat16"),
+    "slimmable": (True, False, "float32"),
+}
+
+
+class Ours:
+    """run(n): n steps of training's own program, on batches of training's own pipeline."""
+
+    def __init__(self, batch: int, slimmable: bool, dtype: str):
+        import jax
+        import numpy as np
+
+        from pwkd_jax import cache, config, data, programs, setting
+        from pwkd_jax.models import compute, costs
+        from pwkd_jax.training import sharding
+
+        cache.enable()
+        c = config.load([f"--config={ROOT}/configs/cifar100.py", f"--config.dtype={dtype}"])[0]
+        c.teacher.batch_size = c.student.batch_size = batch
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (max(1024, batch), 32, 32, 3)).astype(np.uint8)
+        split = data.Split(images, rng.integers(0, 100, len(images)).astype(np.int32))
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        s = setting.build(c, mesh, data.Dataset("drawn", split, split, 100))
+        self.jax, self.batches, self.at = jax, s.batches(batch, 0), 0
+        if slimmable:
+            create, self.step = programs.teacher_step(s, "slimmable")
+            model, self.frozen = s.teachers["slimmable"].members[1.0], {}
+        else:
+            plan, model, net = s.plan("kd_standard"), s.student, s.teachers["standard"]
+            create, steps = programs.student_steps(s, plan, s.distillation("standard", (1.0,)))
+            self.step = steps[plan[0].widths]
+            teacher = net.members[1.0].init(jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32))
+            self.frozen = {"teacher": {1.0: s.place(teacher)}}
+        self.state = create(0, None)
+        trained = sum(x.size for x in jax.tree.leaves(self.state.params))
+        self.facts = {"parameters": trained, "macs": costs.macs(compute.plain(model), (32, 32, 3))}
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.state, metrics = self.step(self.state, self.batches(self.at), **self.frozen)
+            self.at += 1
+        self.jax.block_until_ready((self.state, metrics))
+
+
+def work(pipe, side: str, row: str, batch: int, threads: int) -> None:
+    """A side's process: says what it is, then for each n that it is sent runs n steps and says (seconds, processor seconds)."""
+    if threads:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    slimmable, compiled, dtype = ROWS[row]
+    if side == "ours":
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is for both
+        runner = Ours(batch, slimmable, dtype)
+        known = {name: importlib.import_module(name).__version__ for name in ("jax", "jaxlib", "flax")}
+        known["jax_device"] = runner.jax.devices()[0].device_kind
+    else:
+        import peers_torch
+
+        runner = peers_torch.Runner(batch, WIDTHS if slimmable else (), compiled, dtype, threads)
+        known = peers_torch.versions()
+    runner.run(2)  # compiles, and again for what only the second step settles
+    pipe.send((known, runner.facts))
+    while steps := pipe.recv():
+        wall, cpu = time.perf_counter(), time.process_time()
+        runner.run(steps)
+        pipe.send((time.perf_counter() - wall, time.process_time() - cpu))
+
+
+def measure(row: str, rounds: int, steps: int, batch: int, threads: int) -> tuple[dict, dict]:
+    """(row of the table, versions) of `rounds` rounds in which ours and PyTorch's run `steps` steps each."""
+    context, pipes, processes, facts, known = multiprocessing.get_context("spawn"), {}, [], {}, {}
+    for side in ("ours", "torch"):
+        pipes[side], theirs = context.Pipe()
+        processes.append(context.Process(target=work, args=(theirs, side, row, batch, threads), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        versions, facts[side] = pipes[side].recv()  # one compiles at a time
+        known |= versions
+    if facts["ours"] != facts["torch"]:
+        raise SystemExit(f"the networks of '{row}' are not the same: ours {facts['ours']}, PyTorch's {facts['torch']}")
+    times = {side: [] for side in pipes}
+    for turn in range(rounds):
+        for side in list(pipes)[:: -1 if turn % 2 else 1]:
+            pipes[side].send(steps)
+            times[side].append(pipes[side].recv())
+    for side, process in zip(pipes, processes, strict=True):
+        pipes[side].send(0)
+        process.join()
+    wall, cpu = ([t[i] / o[i] for o, t in zip(times["ours"], times["torch"], strict=True)] for i in (0, 1))
+    found = {side: statistics.median(wall / steps for wall, _ in times[side]) for side in pipes}
+    return {"row": row, **facts["ours"], "seconds_a_step": found, "speed": spread(wall), "cpu": spread(cpu),
+            "rounds": times}, known  # fmt: skip
+
+
+def spread(ratios: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main(arguments: list[str]) -> int:
+    options = {"rounds": "5", "steps": "2", "batch": "64", "only": ",".join(ROWS), "threads": "0", "json": ""}
+    for argument in arguments:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if name not in options or not value:
+            print(f"error: '{argument}' is not an option; there are --" + "=, --".join(options) + "=", file=sys.stderr)
+            return 2
+        options[name] = value
+    if unknown := {*options["only"].split(",")} - {*ROWS}:
+        print(f"error: --only: there is no '{min(unknown)}'; there are {', '.join(ROWS)}", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("torch") is None:
+        print("PyTorch is not installed here, so nothing was measured: pip install torch, and run this again")
+        return 0
+    count, steps, batch, threads = (int(options[name]) for name in ("rounds", "steps", "batch", "threads"))
+    cores = min(threads or os.cpu_count(), len(os.sched_getaffinity(0)))
+    machine = {"processor": processor(), "cores": cores, "load": os.getloadavg()[0]}
+    print(f"{machine['processor']}, {cores} cores, load {machine['load']:.1f}; batch {batch}, {count} rounds of {steps} steps")
+    print(f"{'row':<11}{'ours':>9}{'PyTorch':>10}   speed of ours, PyTorch's being 1       CPU")
+    rows, known = [], {}
+    for row in options["only"].split(","):
+        found, versions = measure(row, count, steps, batch, threads)
+        rows.append(found)
+        known |= versions
+        ms = found["seconds_a_step"]
+        ratios = ["{median:.2f}x ({least:.2f} to {most:.2f})".format(**found[k]) for k in ("speed", "cpu")]
+        print(f"{row:<11}{1e3 * ms['ours']:>6.0f} ms{1e3 * ms['torch']:>7.0f} ms   {ratios[0]:<37}{ratios[1]}", flush=True)
+    print(", ".join(f"{name} {value}" for name, value in known.items()))
+    if options["json"]:
+        command = " ".join(["python tests/bench/peers.py", *arguments])
+        result = {"machine": machine | {"load_after": os.getloadavg()[0]}, "versions": known, "command": command, "rows": rows}
+        Path(options["json"]).write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
