@@ -234,6 +234,7 @@ def check(config: ConfigDict) -> None:
     one_of("student.budget", ("total", "per_stage"))
     one_of("student.connectors", ("leading", "reinit"))
     one_of("student.batches", ("own", "shared"))
+    one_of("student.teacher_dtype", ("", *compute.DTYPES))
     one_of("student.together", together.HOW)
     need("student.together", s.together in ("auto", "none") or s.batches == "shared",
          "auto or none where student.batches is 'own', for students in one program share their batches")  # fmt: skip

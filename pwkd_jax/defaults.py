@@ -107,6 +107,8 @@ def default() -> ConfigDict:
         "together": "auto",  # with shared batches, in one program: auto, unroll, scan, vmap, devices (one each) or none
         "sharding": "replicated",  # as the teacher's
         "teacher_sharding": "replicated",  # of the frozen sub-network that teaches
+        "teacher_dtype": "",  # in which it predicts: float32 or bfloat16; '': dtype
+        "teacher_folded": False,  # its batch norm folded into its convolutions
     })  # fmt: skip
     config.student.distiller = ConfigDict({"name": "kd", **distillers.fields("kd")})
     config.student.optimizer = _optimizer()

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pwkd_jax import distillers, stages
+from pwkd_jax.models import compute
 from pwkd_jax.setting import Setting, wants_labels
 from pwkd_jax.training import dispatch, sharding, student, teacher, together
 
@@ -41,9 +42,10 @@ def student_steps(
     c, net = setting.config.student, setting.teachers.get(plan[0].teacher)
     schedule = setting.schedule("student", *setting.spans(plan))
     create, steps = setting.student_state(distillation, several), {}
+    members = {w: compute.inference(m, c.teacher_dtype, c.teacher_folded) for w, m in net.members.items()} if net else {}
     for widths in dict.fromkeys(stage.widths for stage in plan):
         step = student.make_step(
-            setting.student, net.members if net else {}, widths, distillation, plan, setting.optimizer("student"),
+            setting.student, members, widths, distillation, plan, setting.optimizer("student"),
             schedule, setting.preprocess, images=len(setting.dataset.train), same_crop=c.same_crop,
             data_seed=setting.config.seed if c.batches == "shared" else None, several=several,
         )  # fmt: skip

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from pwkd_jax import models
 from pwkd_jax.errors import UserError
+from pwkd_jax.models import folding
 
 DTYPES = ("float32", "bfloat16")
 
@@ -89,6 +90,13 @@ def _float32(out: models.Outputs) -> models.Outputs:
 def wrap(model: nn.Module, dtype: str = "float32", group: int = 0) -> Any:
     """`model` computed in `dtype` (see DTYPES) with batch norm over `group` images; itself where that changes nothing."""
     return model if dtype == "float32" and not group else Computed(model, dtype, group)
+
+
+def inference(model: Any, dtype: str = "", folded: bool = False) -> Any:
+    """What `wrap` made, for prediction alone: in another `dtype` where one is given, and with batch norm `folded`."""
+    now, group = (model.dtype, model.group) if isinstance(model, Computed) else ("float32", 0)
+    inner = folding.Folded(plain(model)) if folded else plain(model)
+    return wrap(inner, dtype or now, group)
 
 
 def plain(model: Any) -> nn.Module:

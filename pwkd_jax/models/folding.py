@@ -1,0 +1,135 @@
+"""Batch norm of a network that only predicts, folded into the convolutions before it.
+
+With fixed statistics batch norm is an affine map of each channel, and so is a convolution of its input:
+(conv(x, k) - mean) * s + bias = conv(x, k * s) + (bias - mean * s), with s = scale / sqrt(var + epsilon); a bias of the
+convolution's own is scaled with it.
+Variables stay as they are, so whoever reads them (checkpoints, distillers that want a norm's scale) sees the network's own.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.extend
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from pwkd_jax import models
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """`model` with every batch norm that can be folded so; in training, and where none can, itself."""
+
+    model: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def apply(self, variables: dict, images: jax.Array, train: bool = False, **options):
+        """As the model's own."""
+        if train:
+            return self.model.apply(variables, images, train=True, **options)
+        found = pairs(self.model, variables, images)
+        norms = {norm for norm, _ in found.values()}
+
+        def intercept(call, args, kwargs, context):
+            layer, path = context.module, context.module.path
+            if context.method_name == "__call__" and path in norms:
+                return args[0] if args else kwargs["x"]
+            if context.method_name != "__call__" or path not in found:
+                return call(*args, **kwargs)
+            # A layer is a frozen dataclass that may belong to the user, so it is left as it was.
+            object.__setattr__(layer, "conv_general_dilated", _scaled(*affine(variables, path, *found[path])))
+            try:
+                return call(*args, **kwargs)
+            finally:
+                object.__setattr__(layer, "conv_general_dilated", None)
+
+        with nn.intercept_methods(intercept):
+            return self.model.apply(variables, images, train=False, **options)
+
+
+def _scaled(scale: jax.Array, shift: jax.Array):
+    def convolve(images, kernel, *args, **options):
+        kernel = (kernel * scale).astype(kernel.dtype)
+        out = lax.conv_general_dilated(images, kernel, *args, **options)
+        return out + shift.astype(out.dtype)
+
+    return convolve
+
+
+def affine(variables: dict, conv: Path, norm: Path, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """(s [C], what is added [C]) of a convolution, before its own bias, and its batch norm; float32."""
+    params, stats = _at(variables.get("params", {}), norm), _at(variables["batch_stats"], norm)
+    scale = lax.rsqrt(stats["var"] + epsilon) * params.get("scale", 1.0)
+    shift = params.get("bias", 0.0) - stats["mean"] * scale
+    shift += _at(variables["params"], conv).get("bias", 0.0) * (scale - 1)  # the layer adds it once more
+    return scale.astype(jnp.float32), shift.astype(jnp.float32)
+
+
+def _at(tree: dict, path: Path) -> dict:
+    for key in path:
+        tree = tree.get(key, {})
+    return tree
+
+
+def pairs(model: nn.Module, variables: dict, images: jax.Array) -> dict[Path, tuple[Path, float]]:
+    """{path of a convolution: (path of the batch norm that alone reads its output, its epsilon)}, read off the traced model."""
+    layers: dict[str, nn.Module] = {}
+
+    def intercept(call, args, kwargs, context):
+        layer = context.module
+        if context.method_name != "__call__" or not args:
+            return call(*args, **kwargs)
+        tag = "/".join(("pwkd", *layer.path))
+        if isinstance(layer, nn.BatchNorm) and layer.axis == -1 and kwargs.get("mask") is None:
+            layers[tag] = layer
+            return call(checkpoint_name(args[0], tag), *args[1:], **kwargs)
+        if type(layer) is nn.Conv and layer.conv_general_dilated is None:
+            layers[tag] = layer
+            return checkpoint_name(call(*args, **kwargs), tag)
+        return call(*args, **kwargs)
+
+    def run(variables, images):
+        with nn.intercept_methods(intercept):
+            return models.as_outputs(model.apply(variables, images, train=False))
+
+    program = jax.make_jaxpr(run)(variables, images)
+    found = {}
+    for conv, norm in _alone(program.jaxpr):
+        conv, norm = layers.get(conv), layers.get(norm)
+        # Layers that a loop stacked have statistics of more axes; they are left.
+        if type(conv) is nn.Conv and isinstance(norm, nn.BatchNorm) and jnp.ndim(_mean(variables, norm)) == 1:
+            found[conv.path] = (norm.path, norm.epsilon)
+    return found
+
+
+def _mean(variables: dict, norm: nn.BatchNorm) -> jax.Array:
+    return _at(variables["batch_stats"], norm.path)["mean"]
+
+
+def _alone(jaxpr):
+    """(tag, tag) of every tagged value whose only reader is another tag."""
+    readers: dict[Any, list] = {}
+    for eqn in jaxpr.eqns:
+        for value in eqn.invars:
+            if not isinstance(value, jax.extend.core.Literal):
+                readers.setdefault(value, []).append(eqn)
+    for value in jaxpr.outvars:
+        if not isinstance(value, jax.extend.core.Literal):
+            readers.setdefault(value, []).append(None)
+    for eqn in jaxpr.eqns:
+        read = readers.get(eqn.outvars[0], []) if eqn.primitive.name == "name" else []
+        if len(read) == 1 and read[0] is not None and read[0].primitive.name == "name":
+            yield eqn.params["name"], read[0].params["name"]
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _alone(inner)
