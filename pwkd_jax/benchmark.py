@@ -10,51 +10,32 @@ by round, so that ratios hold on a busy machine too. Exits with code 2 and one s
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import json
 import shlex
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from pwkd_jax import chips, config, data, programs, setting
+from pwkd_jax import config, data, programs, setting
 from pwkd_jax.data.outline import outline
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import costs
 from pwkd_jax.reporting import benchmark as report
 from pwkd_jax.reporting.environment import environment
+from pwkd_jax.timing import Case, Timer, nothing_kept, peak_here, processor
 from pwkd_jax.training import sharding, student
 
 FORMS = ("plain", "sliced", "masked")
 
 # Images that stand in for a data set: enough that gathering them is no cache's work, few enough to be made at once.
 SYNTHETIC = 4096
-
-
-class Case(NamedTuple):
-    """One program and what feeds it.
-
-    lower(state, batch) of (state, batch, **extra) -> (state, anything); extra: None of an evaluation, which leaves its state as
-    it is and does not return it. make() -> the first state. batches: as training has them. flops: of one step, by the models'
-    multiply-accumulates, a backward pass counted twice a forward one.
-    """
-
-    lower: Callable[..., jax.stages.Lowered]
-    make: Callable[[], Any]
-    extra: dict | None
-    batches: Callable
-    batch: int
-    flops: float
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,15 +85,15 @@ def benchmark(
     """What the command prints, as plain data; tell: called with a line before every part. Raises UserError."""
     if jax.process_count() > 1:
         raise UserError("benchmark: is for one process; the steps of several are in their own metrics.jsonl")
-    built = _synthetic(settings) if synthetic else setting.prepare(settings)
-    cases = _cases(built)
+    built = synthetic_setting(settings) if synthetic else setting.prepare(settings)
+    cases = find_cases(built)
     wanted = [name for name in cases if only in name]
     if not wanted:
         raise UserError(f"--only: no program has '{only}' in its name; there are {'; '.join(cases)}")
-    peak, source = (peak, "as given") if peak else _peak(settings.dtype)
+    peak, source = (peak, "as given") if peak else peak_here(settings.dtype)
     timers, notes = [], []
     # Compiling is timed, so nothing may come from an earlier command.
-    with _nothing_kept():
+    with nothing_kept():
         for number, name in enumerate(wanted, 1):
             tell(f"{number}/{len(wanted)} compiling {name} ...")
             try:
@@ -129,7 +110,7 @@ def benchmark(
         "config": settings.name,
         "data": built.facts | {"synthetic": synthetic},
         "dtype": settings.dtype,
-        "environment": environment() | {"processor": _processor()},
+        "environment": environment() | {"processor": processor()},
         "peak_flops": peak,
         "peak_source": source,
         "device_peak_bytes": stats.get("peak_bytes_in_use"),
@@ -139,7 +120,8 @@ def benchmark(
     }
 
 
-def _synthetic(settings: ConfigDict) -> setting.Setting:
+def synthetic_setting(settings: ConfigDict) -> setting.Setting:
+    """The setting of a config over random images of its data set's shapes. Raises UserError."""
     mesh = sharding.make_mesh(settings.mesh.model)
     setting.check_batches(settings, mesh)
     empty, _ = outline(settings)
@@ -160,7 +142,7 @@ def _synthetic(settings: ConfigDict) -> setting.Setting:
 # What is timed.
 
 
-def _cases(built: setting.Setting) -> dict[str, Callable[[], Case]]:
+def find_cases(built: setting.Setting) -> dict[str, Callable[[], Case]]:
     """{name: maker}, in the order of an experiment. Making one may raise UserError."""
     c, slimmable = built.config, built.teachers["slimmable"]
     found = {f"teacher step, {form}": functools.partial(_teacher, built, form) for form in FORMS}
@@ -228,73 +210,6 @@ def _evaluation(built: setting.Setting, model, make: Callable[[], dict]) -> Case
     return Case(lower, lambda: built.place(make()), None, batches, size, work)
 
 
-# Timing it.
-
-
-class Timer:
-    """Compiles a case and runs it for about `seconds` a round: with a batch at hand, and as training does, batch by batch."""
-
-    def __init__(self, name: str, case: Case, seconds: float):
-        self.name, self.case = name, case
-        self._state = case.make()
-        self._most, self._at = getattr(case.batches, "most", 1), 0
-        self._batch = self._next()
-        begun = time.perf_counter()
-        lowered = case.lower(self._state, self._batch, **(case.extra or {}))
-        self.trace_seconds = time.perf_counter() - begun
-        self._compiled = lowered.compile()
-        self.compile_seconds = time.perf_counter() - begun - self.trace_seconds
-        self.found: list[tuple[float, float]] = []
-        self._run(1, fed=False)
-        once = self._run(1, fed=False)
-        self._dispatches = max(1, round(seconds / 2 / (once * self._most)))
-
-    def _next(self) -> dict:
-        batch = self.case.batches(self._at) if self._most == 1 else self.case.batches(self._at, self._most)
-        self._at += self._most
-        return batch
-
-    def _run(self, dispatches: int, fed: bool) -> float:
-        """Seconds a step."""
-        begun = time.perf_counter()
-        for _ in range(dispatches):
-            batch = self._next() if fed else self._batch
-            if self.case.extra is not None:
-                self._state, out = self._compiled(self._state, batch, **self.case.extra)
-            else:
-                out = self._compiled(self._state, batch)
-        jax.block_until_ready((self._state, out))
-        return (time.perf_counter() - begun) / (dispatches * self._most)
-
-    def round(self) -> None:
-        self.found.append((self._run(self._dispatches, fed=False), self._run(self._dispatches, fed=True)))
-
-    def row(self, peak: float, devices: int) -> dict:
-        at_hand, fed = zip(*self.found, strict=True)
-        seconds, memory, work = statistics.median(at_hand), self._compiled.memory_analysis(), self._compiled.cost_analysis()
-        # XLA counts what is in a loop once, so this is of one step, however many a dispatch has.
-        traffic = float(work.get("bytes accessed", 0.0))
-        waits = [max(0.0, 1 - a / f) for a, f in self.found]
-        return {
-            "name": self.name,
-            "batch": self.case.batch,
-            "steps_per_dispatch": self._most,
-            "trace_seconds": self.trace_seconds,
-            "compile_seconds": self.compile_seconds,
-            "step_seconds": seconds,
-            "step_seconds_rounds": list(at_hand),
-            "fed_step_seconds": statistics.median(fed),
-            "images_per_second": self.case.batch / statistics.median(fed),
-            "model_flops": self.case.flops,
-            "utilisation": self.case.flops / (seconds * peak * devices),
-            "traffic_bytes": traffic,
-            "traffic_per_second": traffic / seconds,
-            "memory_bytes": int(memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-                                + memory.temp_size_in_bytes),
-            "input_wait": statistics.median(waits),
-        }  # fmt: skip
-
-
 def _forms(rows: Sequence[dict], built: setting.Setting) -> dict:
     """{sliced or masked: of its time and compile time, the ratio to plain steps}, where all widths are trained at every step.
 
@@ -313,41 +228,6 @@ def _forms(rows: Sequence[dict], built: setting.Setting) -> dict:
                 "compile": row["compile_seconds"] / plain["compile_seconds"],
             }
     return result
-
-
-@contextlib.contextmanager
-def _nothing_kept() -> Iterator[None]:
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-
-
-def _peak(dtype: str) -> tuple[float, str]:
-    """(FLOP/s of one device, where that is from): its maker's figure, or what a large matrix product reaches."""
-    kind = jax.devices()[0].device_kind
-    if chip := chips.of_kind(kind):
-        return (chip.peak if dtype == "bfloat16" else chip.peak_float32), f"{chip.name}'s published figure"
-    size, best = 2048, float("inf")
-    square = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda x: x @ x).lower(square).compile()
-    product(square).block_until_ready()
-    for _ in range(5):
-        begun = time.perf_counter()
-        product(square).block_until_ready()
-        best = min(best, time.perf_counter() - begun)
-    return 2 * size**3 / best, f"the best of five {dtype} products of {size} x {size} here"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{names[0]}, {len(names)} threads" if names else "unknown"
 
 
 if __name__ == "__main__":

@@ -14,25 +14,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pwkd_jax import benchmark, config
+from pwkd_jax import benchmark, config, timing
 from pwkd_jax.reporting.environment import environment
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "cifar100.py")
 
 
-def timer(seeds: int, way: str) -> benchmark.Timer:
+def timer(seeds: int, way: str) -> timing.Timer:
     options = [f"seeds={seeds}", "arms=kd_whole", "student.batches=shared", f"student.together={way}"]
     settings, _ = config.load([f"--config={CONFIG}", *(f"--config.{o}" for o in options)])
-    cases = benchmark._cases(benchmark._synthetic(settings))
+    cases = benchmark.find_cases(benchmark.synthetic_setting(settings))
     name = next(name for name in cases if "step, teacher 1" in name)
     print(f"compiling {way} ...", file=sys.stderr, flush=True)
-    return benchmark.Timer(f"{name} ({way})", cases[name](), 2.0)
+    return timing.Timer(f"{name} ({way})", cases[name](), 2.0)
 
 
 def main(arguments: list[str]) -> None:
     options = dict(a.removeprefix("--").split("=", 1) for a in arguments)
     seeds, rounds = int(options.get("seeds", 5)), int(options.get("rounds", 5))
-    with benchmark._nothing_kept():
+    with timing.nothing_kept():
         one = timer(1, "none")
         several = {way: timer(seeds, way) for way in options.get("ways", "unroll").split(",")}
     for number in range(rounds):
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
         print(f"{seeds} students, {way}: {found[0]:.2f} ({found[1]:.2f} to {found[2]:.2f}) of {seeds} runs, "
               f"compiled in {each.compile_seconds:.0f} s")  # fmt: skip
     if "json" in options:
-        machine = environment() | {"processor": benchmark._processor(), "load": os.getloadavg()[0]}
+        machine = environment() | {"processor": timing.processor(), "load": os.getloadavg()[0]}
         result = {"seeds": seeds, "one": [a for a, _ in one.found], "rows": rows, "environment": machine,
                   "command": " ".join(["python tests/bench/seeds.py", *arguments])}  # fmt: skip
         Path(options["json"]).write_text(json.dumps(result, indent=2) + "\n")
