@@ -16,7 +16,7 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -83,8 +83,6 @@ def benchmark(
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict:  # fmt: skip
     """What the command prints, as plain data; tell: called with a line before every part. Raises UserError."""
-    if jax.process_count() > 1:
-        raise UserError("benchmark: is for one process; the steps of several are in their own metrics.jsonl")
     built = synthetic_setting(settings) if synthetic else setting.prepare(settings)
     cases = find_cases(built)
     wanted = [name for name in cases if only in name]
@@ -115,7 +113,7 @@ def benchmark(
         "peak_source": source,
         "device_peak_bytes": stats.get("peak_bytes_in_use"),
         "programs": rows,
-        "forms": _forms(rows, built),
+        "forms": _forms(rows),
         "notes": notes,
     }
 
@@ -200,8 +198,14 @@ def _variables(built: setting.Setting, net, width: float) -> dict:
 def _evaluation(built: setting.Setting, model, make: Callable[[], dict]) -> Case:
     size = built.evaluator.batch_size
 
+    def scored() -> Iterator[dict]:
+        while True:
+            yield from data.eval_batches(built.dataset.test, size)
+
+    found = scored()
+
     def batches(step: int) -> dict:
-        return sharding.put_batch(built.mesh, next(data.eval_batches(built.dataset.test, size)))
+        return sharding.put_batch(built.mesh, next(found))
 
     def lower(variables, batch):
         return built.evaluator.score.lower(model, variables, batch)
@@ -210,11 +214,8 @@ def _evaluation(built: setting.Setting, model, make: Callable[[], dict]) -> Case
     return Case(lower, lambda: built.place(make()), None, batches, size, work)
 
 
-def _forms(rows: Sequence[dict], built: setting.Setting) -> dict:
-    """{sliced or masked: of its time and compile time, the ratio to plain steps}, where all widths are trained at every step.
-
-    The yardstick of the time is a plain step for each width, at its share of the multiply-accumulates: near the sum of w^2.
-    """
+def _forms(rows: Sequence[dict]) -> dict:
+    """{sliced or masked: time and compile time in plain ones, and work by multiply-accumulates, near the sum of w^2}."""
     by_name = {row["name"].removeprefix("teacher step, "): row for row in rows}
     plain, result = by_name.get("plain"), {}
     for form in ("sliced", "masked"):

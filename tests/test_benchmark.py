@@ -132,6 +132,12 @@ def test_named_steps_are_traced_and_change_nothing(tmp_path, capsys):
         assert rows(tmp_path / "a", run) == rows(tmp_path / "b", run)
 
 
+def test_steps_that_a_run_does_not_have_are_said(tmp_path, capsys):
+    line = [*TINY, "--config.arms=alone", "--config.log.tensorboard=false", "--config.profile=alone:30-31"]
+    assert train.main([*line, f"--workdir={tmp_path / 'w'}"]) == 0
+    assert "profile: this run took no step from 31 to 31, so nothing was traced" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("spec", ["pwkd", "pwkd:7", "pwkd:9-9", "pwkd:9-3", "a:b:1-2"])
 def test_a_profile_that_names_no_steps_is_refused(spec, tmp_path, capsys):
     with pytest.raises(UserError, match=r"profile: .* should be part of a run's name and steps"):

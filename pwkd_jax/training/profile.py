@@ -17,6 +17,7 @@ class Trace:
     first: int = 0
     last: int = 0
     _on: bool = False
+    _begun: bool = False
 
     def due(self, at: int) -> bool:
         """Whether a chunk of steps has to end here."""
@@ -26,21 +27,23 @@ class Trace:
         """Before the step after `at`."""
         if self.last and not self._on and self.first <= at < self.last:
             jax.profiler.start_trace(str(self.directory), create_perfetto_trace=True)
-            self._on = True
+            self._on = self._begun = True
 
     def __call__(self, at: int, state, metrics) -> None:
         """After step `at`."""
         if self._on and at >= self.last:
             jax.block_until_ready(state)
             self.close()
-            print(f"profile: steps {self.first + 1} to {self.last} are in {self.directory}", flush=True)
         self.begin(at)
 
     def close(self) -> None:
-        """End a trace that is under way."""
+        """End a trace that is under way; says where it is, or that none of its steps was taken."""
         if self._on:
             jax.profiler.stop_trace()
-            self._on = False
+            print(f"profile: steps {self.first + 1} to {self.last} are in {self.directory}", flush=True)
+        elif self.last and not self._begun:
+            print(f"profile: this run took no step from {self.first + 1} to {self.last}, so nothing was traced", flush=True)
+        self._on = False
 
 
 def parse(spec: str) -> tuple[str, int, int]:
