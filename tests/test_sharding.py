@@ -96,7 +96,7 @@ def steps(model, how, group=0, learns=True, net=pair, **sandwich):
     losses = []
     for _ in range(2):
         before, (state, metrics) = state, step(state, batch)
-        losses.append(metrics.train_loss.compute())
+        losses.append(metrics["train_loss"].compute())
     assert before.params["shared"]["classifier"]["kernel"].is_deleted(), "not donated"
     assert jax.tree.map(lambda x: x.sharding, state) == make.layout, "not left in its layout"
     make_pupil = sharding.creator(mesh, lambda seed: student.init(pupil, IMAGE_SHAPE, fitted, tx, seed), how, 0)
@@ -108,7 +108,7 @@ def steps(model, how, group=0, learns=True, net=pair, **sandwich):
     one = sharding.jit_step(mesh, one, make_pupil.layout)
     for _ in range(2 * learns):
         learner, metrics = one(learner, batch | {"dataset_label": sharding.place(mesh, labels)}, teacher=taught)
-        losses.append(metrics.train_loss.compute())
+        losses.append(metrics["train_loss"].compute())
     leaves = [np.asarray(x) for tree in (losses, state, learner) for x in jax.tree.leaves(tree)]
     return leaves, state, taught
 
