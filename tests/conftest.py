@@ -1,12 +1,17 @@
 """Shared by all tests: exact float32 matrix products, and tiny networks, data and configs."""
 
 import os
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # In the environment, so that commands which tests start compile the same programs as the tests, and find them kept.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
-# Tiny shapes: compiling costs more than running, so let LLVM do less of it.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# Tiny shapes: compiling costs more than running, so let LLVM do less of it, and let XLA write simpler code where it can.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),  # later ones know no such flag
+)
 
 import json
 from pathlib import Path

