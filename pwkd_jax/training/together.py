@@ -105,7 +105,7 @@ def several(how: str, count: int, devices: Sequence[jax.Device]) -> Several | No
         # With axes of one device, so that batches and networks are placed here as anywhere.
         axes, types = ("seed", "data", "model"), (AxisType.Auto,) * 3
         return Several(count, how, jax.make_mesh((count, 1, 1), axes, axis_types=types, devices=devices[:count]))
-    # Without a loop XLA keeps its fast convolutions on CPU.
+    # Without a loop, or the grouped convolutions of vmap, XLA keeps its fast ones on CPU (tests/bench/seeds.py).
     return Several(count, "unroll" if how == "auto" else how)
 
 
