@@ -5,6 +5,7 @@ computation and twice in a loop, to the images. Milliseconds of processor time, 
 load on the machine disturbs that less than the wall clock's.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -61,12 +62,15 @@ def programs(inputs: int, outputs: int, side: int, size: int, stride: int) -> di
 
 
 def main(arguments: list[str]) -> None:
-    options = dict(a.removeprefix("--").split("=", 1) for a in arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
     rows = []
     for shape in SHAPES:
         compiled = programs(*shape)
         least = dict.fromkeys(compiled, np.inf)
-        for turn in range(1 + int(options.get("rounds", 5))):
+        for turn in range(1 + options.rounds):
             for name, run in compiled.items():
                 begun = time.process_time()
                 jax.block_until_ready(run())
@@ -76,9 +80,9 @@ def main(arguments: list[str]) -> None:
             print(f"{'in':>5}{'out':>5}{'side':>5}{'size':>5}{'step':>5}" + "".join(f"{name:>13}" for name in least))
         rows.append({"shape": shape, "milliseconds": least})
         print("".join(f"{n:>5}" for n in shape) + "".join(f"{ms:>13.1f}" for ms in least.values()), flush=True)
-    if "json" in options:
+    if options.json:
         device = jax.devices()[0].device_kind
-        Path(options["json"]).write_text(json.dumps({"device": device, "jax": jax.__version__, "rows": rows}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"device": device, "jax": jax.__version__, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ of 64 images of 32x32 (minutes on CPU, where convolutions are slow in loops). Ro
 given as the median with the smallest and largest.
 """
 
+import argparse
 import functools
 import json
 import os
@@ -78,9 +79,13 @@ def spread(values) -> dict[str, float]:
     return {"median": float(np.median(values)), "least": float(min(values)), "most": float(max(values))}
 
 
-def main(argv) -> dict:
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--resnet8", action="store_true")
+    options = parser.parse_args(arguments)
     cases = {"linear": (Linear(), (4, 4, 1), 8, 1000, 100, dict.fromkeys(("host", "resident", "loop"), 1000), 7)}
-    if "--resnet8" in argv:
+    if options.resnet8:
         model = models.create("resnet8", num_classes=10)
         cases["resnet8"] = (model, (32, 32, 3), 64, 500, 2, {"host": 4, "resident": 4, "loop": 1}, 3)
     result = {"machine": f"{jax.devices()[0].platform}, {os.cpu_count()} cores, jax {jax.__version__}", "models": {}}
@@ -92,9 +97,9 @@ def main(argv) -> dict:
             "times_host": {way: spread(host / np.array(s)) for way, s in found["seconds"].items() if way != "host"},
             "host_busy_milliseconds": 1e3 * found["host_busy"],
         }
-    if "--json" in argv:
+    if options.json:
         print(json.dumps(result))
-        return result
+        return
     print(result["machine"])
     for name, model in result["models"].items():
         print(f"{name}: ms a step (median, least to most), and steps per second as a multiple of host's")
@@ -104,7 +109,6 @@ def main(argv) -> dict:
             print(f"  {way:<9}{ms['median']:10.3f} ({ms['least']:.3f} to {ms['most']:.3f}){times}")
         busy = model["host_busy_milliseconds"]
         print(f"  of a step of host, the host itself is busy for {busy:.3f} ms; the rest it could prepare the next batch")
-    return result
 
 
 if __name__ == "__main__":

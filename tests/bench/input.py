@@ -19,6 +19,7 @@ takes to make one:
 Linux.
 """
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -156,7 +157,10 @@ def machine() -> dict:
 
 
 def main(arguments: list[str]) -> None:
-    options = dict(a.removeprefix("--").split("=", 1) for a in arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
     cv2.setNumThreads(0)
     with tempfile.TemporaryDirectory() as folder:
         paths = make(Path(folder))
@@ -176,7 +180,7 @@ def main(arguments: list[str]) -> None:
         inputs["copy"] = lambda: timed(lambda: [np.copyto(*used) for _ in range(STEPS)])
         inputs["segment"] = lambda: timed(lambda: [segment() for _ in range(STEPS)])
         before, results = machine(), {name: [] for name in inputs}
-        for _ in range(int(options.get("rounds", 15))):
+        for _ in range(options.rounds):
             for name, measure in inputs.items():
                 results[name].append(measure())
     rows = []
@@ -194,9 +198,9 @@ def main(arguments: list[str]) -> None:
     for row in rows[-3:]:
         low, middle, high = sorted(1 / x for x in row["of_opencv"])
         print(f"{row['input']:<14}{row['batch_cpu_ms']:>8.2f}   {middle:.3f} ({low:.3f} to {high:.3f})")
-    if "json" in options:
+    if options.json:
         run = {"command": ["python", *sys.argv], "before": before, "after": machine(), "batch": BATCH, "size": SIZE}
-        Path(options["json"]).write_text(json.dumps(run | {"rows": rows}, indent=2) + "\n")
+        options.json.write_text(json.dumps(run | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

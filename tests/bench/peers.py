@@ -18,6 +18,7 @@ the ratio of processor time, which other load on the machine disturbs less than 
 PyTorch is no requirement of ours: pip install torch beside requirements.txt; without it this says so and measures nothing.
 """
 
+import argparse
 import importlib.util
 import json
 import multiprocessing
@@ -142,27 +143,27 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def main(arguments: list[str]) -> int:
-    options = {"rounds": "5", "steps": "2", "batch": "64", "only": ",".join(ROWS), "threads": "0", "json": ""}
-    for argument in arguments:
-        name, _, value = argument.removeprefix("--").partition("=")
-        if name not in options or not value:
-            print(f"error: '{argument}' is not an option; there are --" + "=, --".join(options) + "=", file=sys.stderr)
-            return 2
-        options[name] = value
-    if unknown := {*options["only"].split(",")} - {*ROWS}:
-        print(f"error: --only: there is no '{min(unknown)}'; there are {', '.join(ROWS)}", file=sys.stderr)
-        return 2
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(ROWS), metavar="ROWS")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    if unknown := {*options.only.split(",")} - {*ROWS}:
+        parser.error(f"--only: there is no '{min(unknown)}'; there are {', '.join(ROWS)}")
     if importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed here, so nothing was measured: pip install torch, and run this again")
-        return 0
-    count, steps, batch, threads = (int(options[name]) for name in ("rounds", "steps", "batch", "threads"))
+        return
+    count, steps, batch, threads = options.rounds, options.steps, options.batch, options.threads
     cores = min(threads or os.cpu_count(), len(os.sched_getaffinity(0)))
     machine = {"processor": processor(), "cores": cores, "load": os.getloadavg()[0]}
     print(f"{machine['processor']}, {cores} cores, load {machine['load']:.1f}; batch {batch}, {count} rounds of {steps} steps")
     print(f"{'row':<11}{'ours':>9}{'PyTorch':>10}   speed of ours, PyTorch's being 1       CPU")
     rows, known = [], {}
-    for row in options["only"].split(","):
+    for row in options.only.split(","):
         found, versions = measure(row, count, steps, batch, threads)
         rows.append(found)
         known |= versions
@@ -170,12 +171,11 @@ def main(arguments: list[str]) -> int:
         ratios = ["{median:.2f}x ({least:.2f} to {most:.2f})".format(**found[k]) for k in ("speed", "cpu")]
         print(f"{row:<11}{1e3 * ms['ours']:>6.0f} ms{1e3 * ms['torch']:>7.0f} ms   {ratios[0]:<37}{ratios[1]}", flush=True)
     print(", ".join(f"{name} {value}" for name, value in known.items()))
-    if options["json"]:
+    if options.json:
         command = " ".join(["python tests/bench/peers.py", *arguments])
         result = {"machine": machine | {"load_after": os.getloadavg()[0]}, "versions": known, "command": command, "rows": rows}
-        Path(options["json"]).write_text(json.dumps(result, indent=2) + "\n")
-    return 0
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -6,6 +6,7 @@ program, each way of `student.together`. Rounds take turns; a ratio is of one ro
 many steps of one: median, smallest and largest.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -16,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pwkd_jax import benchmark, config, timing
 from pwkd_jax.reporting.environment import environment
+from pwkd_jax.training import together
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "cifar100.py")
 
 
-def timer(seeds: int, way: str, batch: str) -> timing.Timer:
+def timer(seeds: int, way: str, batch: int) -> timing.Timer:
     options = [f"seeds={seeds}", "arms=kd_whole", "student.batches=shared", f"student.together={way}",
                f"student.batch_size={batch}"]  # fmt: skip
     settings, _ = config.load([f"--config={CONFIG}", *(f"--config.{o}" for o in options)])
@@ -31,12 +33,21 @@ def timer(seeds: int, way: str, batch: str) -> timing.Timer:
 
 
 def main(arguments: list[str]) -> None:
-    options = dict(a.removeprefix("--").split("=", 1) for a in arguments)
-    seeds, rounds, batch = int(options.get("seeds", 5)), int(options.get("rounds", 5)), options.get("batch", "64")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--ways", default="unroll")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    seeds, ways = options.seeds, options.ways.split(",")
+    known = [way for way in together.HOW if way != "none"]
+    if unknown := {*ways} - {*known}:
+        parser.error(f"--ways: there is no '{min(unknown)}'; there are {', '.join(known)}")
     with timing.nothing_kept():
-        one = timer(1, "none", batch)
-        several = {way: timer(seeds, way, batch) for way in options.get("ways", "unroll").split(",")}
-    for number in range(rounds):
+        one = timer(1, "none", options.batch)
+        several = {way: timer(seeds, way, options.batch) for way in ways}
+    for number in range(options.rounds):
         print(f"round {number + 1}", file=sys.stderr, flush=True)
         for each in (one, *several.values()):
             each.round()
@@ -49,11 +60,11 @@ def main(arguments: list[str]) -> None:
                      "rounds": [a for a, _ in each.found]})  # fmt: skip
         print(f"{seeds} students, {way}: {found[0]:.2f} ({found[1]:.2f} to {found[2]:.2f}) of {seeds} runs, "
               f"compiled in {each.compile_seconds:.0f} s")  # fmt: skip
-    if "json" in options:
+    if options.json:
         machine = environment() | {"processor": timing.processor(), "load": os.getloadavg()[0]}
         result = {"seeds": seeds, "one": [a for a, _ in one.found], "rows": rows, "environment": machine,
                   "command": " ".join(["python tests/bench/seeds.py", *arguments])}  # fmt: skip
-        Path(options["json"]).write_text(json.dumps(result, indent=2) + "\n")
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
