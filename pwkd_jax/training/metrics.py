@@ -56,10 +56,10 @@ class Running:
         return {name: float(a.total) / float(a.count) for name, a in total.items()}
 
 
-def mean(all: Iterable[Metrics]) -> dict[str, float]:
+def mean(each: Iterable[Metrics]) -> dict[str, float]:
     """The means over all given metrics."""
     running = Running()
-    for metrics in all:
+    for metrics in each:
         running.add(metrics)
     return running.flush()
 

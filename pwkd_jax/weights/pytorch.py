@@ -72,7 +72,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
         found = {name: tensor.detach() for name, tensor in found.items()}
         # NumPy has no bfloat16.
         return {name: (t.to(torch.float32) if t.is_floating_point() else t).numpy() for name, t in found.items()}
-    except (TypeError, RuntimeError, NotImplementedError) as e:
+    except (TypeError, RuntimeError) as e:
         raise UserError(f"{path}: holds tensors that are not plain arrays, such as sparse or quantised ones") from e
 
 
