@@ -9,6 +9,8 @@ of four widths for 20 epochs, and resnet8 at half its width for 24. Five seeds t
 they differ in their initial weights alone. The last epoch counts; nothing was chosen by it.
 """
 
+from ml_collections import ConfigDict
+
 from pwkd_jax.config import default
 
 
@@ -29,7 +31,9 @@ def get_config(arg: str = "kd"):
     config.student.width = 0.5
     config.student.duration = "24 epochs"
     config.student.batches = "shared"
-    config.student.distiller.name = arg
+    config.student.distiller = ConfigDict({"name": arg})
+    if arg == "dkd":
+        config.student.distiller.warmup_epochs = 2.0  # 20 of the published 240
     config.evaluation.every = "6 epochs"
     config.log.tensorboard = False
     if arg == "kd":
