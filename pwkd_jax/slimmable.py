@@ -13,7 +13,8 @@ layer. What widths never share is batch-norm state (switchable batch norm, Yu et
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -34,17 +35,17 @@ def _slices(leaf) -> tuple[slice, ...]:
     return tuple(slice(0, d) for d in leaf.shape)
 
 
-def take(full, like):
+def take(full: Any, like: Any) -> Any:
     """full[:d0, :d1, ...] for each leaf, d being the shape of the same leaf in `like`."""
     return jax.tree.map(lambda x, n: x[_slices(n)], full, like)
 
 
-def mask(full, like):
+def mask(full: Any, like: Any) -> Any:
     """`full`, same shapes, with everything outside the leading block set to zero."""
     return jax.tree.map(lambda x, n: embed(x[_slices(n)], x), full, like)
 
 
-def embed(narrow, like, fill: float = 0.0):
+def embed(narrow: Any, like: Any, fill: float = 0.0) -> Any:
     """`narrow` as the leading block of arrays shaped as `like`, `fill` around it: the transpose of `take`."""
     return jax.tree.map(
         lambda x, f: jnp.pad(x, [(0, d - n) for n, d in zip(x.shape, f.shape, strict=True)], constant_values=fill),
@@ -53,7 +54,7 @@ def embed(narrow, like, fill: float = 0.0):
     )
 
 
-def put(full, narrow):
+def put(full: Any, narrow: Any) -> Any:
     """`full` with its leading block replaced by `narrow`."""
     return jax.tree.map(lambda x, n: x.at[_slices(n)].set(n), full, narrow)
 
@@ -160,7 +161,9 @@ class Slimmable:
             "batch_stats": embed(narrow["batch_stats"], full.get("batch_stats", {}), fill=1.0),
         }
 
-    def forward(self, params, statistics, width: float, images, *, train: bool) -> tuple[models.Outputs, dict]:
+    def forward(
+        self, params: dict, statistics: dict, width: float, images: jax.Array, *, train: bool
+    ) -> tuple[models.Outputs, dict]:
         """Outputs of the sub-network at `width` on images [B, H, W, C], and the statistics with its own updated."""
         member, variables = self.members[width], self.extract(params, statistics, width)
         if self.masked:
@@ -212,6 +215,27 @@ def build(
     return net
 
 
+def make_slimmable(
+    model: str | Callable[..., nn.Module],
+    widths: Sequence[float],
+    image_shape: tuple[int, int, int],
+    *,
+    batch_norm: str = "switchable",
+    execution: str = "take",
+    pool: Sequence[float] = (),
+    **options: Any,
+) -> Slimmable:
+    """The slimmable network of a Flax module class with a field `width`, or of a built-in model's name, for images [H, W, C].
+
+    options: its other fields, such as num_classes=10. widths, batch_norm, execution, pool: see `build`, which raises UserError.
+    """
+
+    def make(width: float) -> nn.Module:
+        return models.create(model, width=width, **options) if isinstance(model, str) else model(width=width, **options)
+
+    return build(make, tuple(widths), tuple(image_shape), batch_norm=batch_norm, execution=execution, pool=tuple(pool))
+
+
 def refuse_masking(net: Slimmable, image_shape: tuple[int, ...]) -> None:
     """UserError unless the masked network equals the sliced one, found out by running both at the narrowest width.
 
@@ -249,6 +273,7 @@ def sandwich_loss(
     sampling: str = "all",
     subnetworks: int = 4,
     key: jax.Array | None = None,
+    own: Callable | None = None,
 ) -> tuple[jax.Array, tuple[dict, dict]]:
     """Joint loss of the sub-networks on one batch: images [B, H, W, C] float, labels [B] int.
 
@@ -257,6 +282,7 @@ def sandwich_loss(
     The widest learns from the labels. The others by `loss`: `hard` from the labels; `inplace` from the widest one's
     softmax, -sum softmax(z_max) log softmax(z_w) at temperature 1 and without gradient into the target (US-Net);
     `inplace_mix` from the sum of both. reduction `sum` (S-Net) or `mean` over sub-networks.
+    own(outputs, labels) -> {name: per-image values [B]}: metrics of each sub-network besides ours.
     Returns (scalar, (statistics after this step, {metric name: per-image values [B]})).
     """
     target = None
@@ -269,24 +295,25 @@ def sandwich_loss(
         else:
             soft = -jnp.sum(target * jax.nn.log_softmax(out.logits), axis=-1)
             value = soft if loss == "inplace" else hard + soft
-        return (value, 100.0 * (jnp.argmax(out.logits, -1) == labels), out.logits), statistics
+        seen = {"train_loss": value, "train_top1": 100.0 * (jnp.argmax(out.logits, -1) == labels)}
+        return (value, seen | (own(out, labels) if own else {}), out.logits), statistics
 
     total, metrics = 0.0, {}
     fixed = net.table if sampling == "all" else (net.widest, net.widths[-1])
     for width in fixed:
-        (value, correct, logits), statistics = one(width, statistics)
+        (value, seen, logits), statistics = one(width, statistics)
         if target is None:
             target = jax.lax.stop_gradient(jax.nn.softmax(logits))
         total += jnp.mean(value)
-        metrics |= {f"train_loss_{width_key(width)}": value, f"train_top1_{width_key(width)}": correct}
+        metrics |= {f"{name}_{width_key(width)}": values for name, values in seen.items()}
     count = len(fixed)
     if sampling == "sandwich" and (drawn := draws(net, subnetworks, key)) is not None:
         middle = net.widths[1:-1]
         for index in drawn:
             branches = [lambda s, w=w: one(w, s) for w in middle]
-            (value, correct, _), statistics = jax.lax.switch(index, branches, statistics)
+            (value, seen, _), statistics = jax.lax.switch(index, branches, statistics)
             total += jnp.mean(value)
-            metrics |= {"train_loss_drawn": value, "train_top1_drawn": correct}
+            metrics |= {f"{name}_drawn": values for name, values in seen.items()}
         count += len(drawn)
     return total / (count if reduction == "mean" else 1), (statistics, metrics)
 

@@ -1,22 +1,19 @@
-"""The stage plan of a student, its learning-rate cycles, and durations, all counted in global steps.
+"""The stage plan of a student, counted in global steps.
 
 A plan is a list of `Stage`s: one per width for partial to whole, one for ordinary distillation. The one global step
 counter decides the stage and the learning rate, so a run resumed anywhere continues both.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from pwkd_jax.errors import UserError
 
 ARMS = ("alone", "kd_standard", "kd_whole", "kd_whole_cyclic", "pwkd", "pwkd_reversed", "pwkd_random")
-CYCLES = ("cosine", "step", "triangular", "one_cycle", "constant")
 
 
 class Stage(NamedTuple):
@@ -27,34 +24,6 @@ class Stage(NamedTuple):
     widths: tuple[float, ...]
     start: int
     end: int
-
-
-def steps(duration: str, key: str, *, batch_size: int, images: int, total: int = 0, zero: bool = False) -> int:
-    """Whole steps in a duration like `60 epochs`, `5000 steps`, `1e6 examples` or `10 %` (of `total` steps), at least 1.
-
-    key: the config key, for the error. images: in one epoch. zero: whether 0 of a unit is meant too, and gives 0.
-    Raises UserError for anything else.
-    """
-    units = {
-        "step": 1.0,
-        "epoch": images / batch_size,
-        "example": 1 / batch_size,
-        "%": total / 100,
-    }
-    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([a-z]+?s?|%)\s*", duration)
-    unit = match and {"percent": "%"}.get(match[2], match[2].rstrip("s"))
-    try:
-        count = float(match[1]) if match else -1.0
-    except ValueError:
-        count = -1.0
-    if zero and count == 0 and unit in units:
-        return 0
-    if not match or unit not in units or count <= 0:
-        known = "'60 epochs', '5000 steps', '1e6 examples'" + (" or '10 %'" if total else "")
-        raise UserError(f"{key}: '{duration}' is not a duration: write a number above 0 and a unit, as in {known}")
-    if unit == "%" and not total:
-        raise UserError(f"{key}: '{duration}' cannot be a percentage, for it sets the whole; use epochs, steps or examples")
-    return max(1, round(count * units[unit]))
 
 
 def split(total: int, shares: Sequence[float]) -> list[int]:
@@ -85,69 +54,20 @@ def plan(arm: str, widths: Sequence[float], stage_steps: Sequence[int], teacher_
     return [Stage("slimmable", w, e - s, e) for w, s, e in zip(each, stage_steps, ends, strict=True)]
 
 
+def even(arm: str, teacher_widths: Sequence[float], total: int) -> list[Stage]:
+    """The plan of an arm over all of a teacher's widths, narrow to wide, in stages of equal length, `total` steps together."""
+    widths = sorted(teacher_widths) or [1.0]
+    if arm not in ARMS:
+        raise UserError(f"arm: there is no '{arm}'; known are {', '.join(ARMS)}")
+    if total < len(widths):
+        raise UserError(f"duration: {total} steps are too few for {len(widths)} stages")
+    return plan(arm, widths, split(total, [1.0] * len(widths)), widths)
+
+
 def cycles(arm_plan: Sequence[Stage], per_stage: bool) -> list[tuple[int, int]]:
     """[start, end) of each learning-rate cycle: one per stage, or one over the whole run."""
     spans = [(s.start, s.end) for s in arm_plan]
     return spans if per_stage else [(spans[0][0], spans[-1][1])]
-
-
-def cycle(
-    form: str, peak: float, length: int, floor: float, milestones: Sequence[float], factor: float, warmup: int
-) -> optax.Schedule:
-    """One learning-rate cycle of `length` steps from step 0, at most `peak`.
-
-    cosine: peak to floor * peak, (peak - low) / 2 * (1 + cos(pi t / length)) + low, by SGDR (Loshchilov & Hutter 2017);
-    step: times `factor` at each of `milestones` (fractions of the cycle); triangular: linear up to peak and down again,
-    both ends at floor * peak (Smith 2017); one_cycle: optax.cosine_onecycle_schedule (peak / 25 up, 1 / 25e4 down);
-    constant. warmup: steps of linear rise before it, within the cycle.
-    """
-    low, body = floor * peak, length - warmup
-    if form == "cosine":
-        shape = optax.cosine_decay_schedule(peak, body, alpha=floor)
-    elif form == "step":
-        # Piecewise scales multiply; cycles too short to tell two milestones apart take both at once.
-        scales: dict[int, float] = {}
-        for m in milestones:
-            at = round(m * body)
-            scales[at] = scales.get(at, 1.0) * factor
-        shape = optax.piecewise_constant_schedule(peak, scales)
-    elif form == "triangular":
-        up = max(1, body // 2)
-        rise, fall = optax.linear_schedule(low, peak, up), optax.linear_schedule(peak, low, max(1, body - up))
-        shape = optax.join_schedules([rise, fall], [up])
-    elif form == "one_cycle":
-        shape = optax.cosine_onecycle_schedule(max(2, body), peak)
-    else:
-        shape = optax.constant_schedule(peak)
-    if warmup:
-        # Rises to the peak at step `warmup`; the first step is not wasted at zero.
-        rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-        shape = optax.join_schedules([rise, shape], [warmup])
-    return shape
-
-
-def learning_rate(
-    spans: Sequence[tuple[int, int]],
-    *,
-    form: str,
-    peak: float,
-    floor: float = 0.0,
-    milestones: Sequence[float] = (),
-    factor: float = 0.1,
-    warmup: int = 0,
-    peak_decay: float = 1.0,
-) -> optax.Schedule:
-    """The schedule on the global step: one `cycle` per span, joined; the c-th one's peak is peak * peak_decay ** c."""
-    pieces = [
-        cycle(form, peak * peak_decay**c, end - start, floor, milestones, factor, min(warmup, end - start - 1))
-        for c, (start, end) in enumerate(spans)
-    ]
-    return optax.join_schedules(pieces, [end for _, end in spans[:-1]])
-
-
-def table(schedule: optax.Schedule, total: int) -> np.ndarray:
-    """The learning rate of every step, [total] float32: for pictures and logs."""
-    return np.asarray(jax.vmap(schedule)(jnp.arange(total)), np.float32)
 
 
 def place(arm_plan: Sequence[Stage]) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:

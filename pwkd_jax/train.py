@@ -17,8 +17,10 @@ from pathlib import Path
 from absl import logging
 from ml_collections import ConfigDict
 
-from pwkd_jax import agreement, cache, config, experiment
+from pwkd_jax import config
+from pwkd_jax.cost import compilation_cache
 from pwkd_jax.errors import UserError
+from pwkd_jax.experiment import fingerprint, run
 from pwkd_jax.reporting import summary
 from pwkd_jax.training import distributed, preemption
 
@@ -28,13 +30,13 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__)
         return 0
     logging.set_verbosity(logging.ERROR)  # TFDS and Orbax warn of things that a user here cannot act on
-    cache.enable()
+    compilation_cache.enable()
     try:
         rest = distributed.start(argv)
         with preemption.watching():
             settings, workdir = distributed.together(lambda: _read(rest))
-            distributed.agree(agreement.facts(settings, workdir))
-            result = experiment.run(settings, Path(workdir))
+            distributed.agree(fingerprint.facts(settings, workdir))
+            result = run.run(settings, Path(workdir))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

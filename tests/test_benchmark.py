@@ -9,7 +9,8 @@ import re
 import pytest
 from test_commands import TINY, rows
 
-from pwkd_jax import benchmark, chips, train
+from pwkd_jax import benchmark, train
+from pwkd_jax.cost import chips
 from pwkd_jax.errors import UserError
 from pwkd_jax.reporting import benchmark as report
 from pwkd_jax.training import profile

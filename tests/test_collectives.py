@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pwkd_jax.training.collectives import collectives
+from pwkd_jax.cost.collectives import collectives
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +46,7 @@ import flax.linen as nn
 from pwkd_jax import data, models, slimmable
 from pwkd_jax.models import compute
 from pwkd_jax.training import sharding, state as states, teacher
-from pwkd_jax.training.collectives import collectives
+from pwkd_jax.cost.collectives import collectives
 
 SHAPE, BATCH = (8, 8, 3), 64
 

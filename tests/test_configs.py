@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from pwkd_jax import config, data, models, setting, train
+from pwkd_jax import config, data, models, train
 from pwkd_jax.errors import UserError
+from pwkd_jax.experiment import definition
 from pwkd_jax.training import dispatch, sharding, student
+from pwkd_jax.training import state as states
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Dark Knowledge's thirteen pairs of the CRD benchmark: (DKD's beta, ReviewKD's weight or None where none is published).
@@ -57,12 +59,12 @@ def test_pairs_have_the_references_recipe(pair):
 def test_pairs_fit_at_every_width(pair):
     c = load(f"cifar100.py:{pair}")
     facts = {"image_shape": (32, 32, 3), "num_classes": 100, "train_images": 50_000}
-    nets, pupil = setting.networks(c, facts)
+    nets, pupil = definition.networks(c, facts)
     assert nets["slimmable"].widths == (1.0, 0.75, 0.5, 0.25)
     assert models.abstract(pupil, (32, 32, 3))["params"]["classifier"]["bias"].shape == (100,)
     for name in ("kd", "at", "reviewkd", "crd", "simkd", "catkd"):
         c = load(f"cifar100.py:{pair},{name}")
-        setting.fit_distiller(c, facts, nets["slimmable"], pupil, (0.25, 1.0))
+        definition.fit_distiller(c, facts, nets["slimmable"], pupil, (0.25, 1.0))
 
 
 def test_words_after_the_pair():
@@ -87,8 +89,8 @@ def test_tiny_imagenet_is_the_same_recipe_on_other_data():
 def test_imagenet_pairs(pair):
     c = load(f"imagenet.py:{pair}")
     facts = {"image_shape": (64, 64, 3), "num_classes": 1000, "train_images": 1_281_167}
-    nets, pupil = setting.networks(c, facts)
-    setting.fit_distiller(c, facts, nets["slimmable"], pupil, (0.25, 1.0))
+    nets, pupil = definition.networks(c, facts)
+    definition.fit_distiller(c, facts, nets["slimmable"], pupil, (0.25, 1.0))
     assert (c.data.num_classes, c.data.mean, c.data.std) == (1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     d = c.student.distiller
     assert (d.ce_weight, d.weight, d.temperature) == (0.5, 0.5, 1.0)
@@ -145,14 +147,14 @@ def test_every_pair_takes_a_step_of_distillation(pair, monkeypatch):
     split = data.Split(images, rng.integers(0, 100, 8).astype(np.int32))
     monkeypatch.setattr(data, "load", lambda *_: data.Dataset("cifar100", split, split, 100))
     c = load(f"cifar100.py:{pair}", "--config.student.batch_size=4", "--config.teacher.batch_size=4")
-    made = setting.prepare(c)
-    net, plan, tx = made.teachers["slimmable"], made.plan("pwkd"), made.optimizer("student")
+    made = definition.prepare(c)
+    net, plan, tx = made.teachers["slimmable"], made.plan("pwkd"), states.optimizer(**c.student.optimizer)
     width = plan[0].widths[0]
     assert width == 0.25
     distillation = made.distillation("slimmable", [width])
     step = student.make_step(
         made.student, net.members, plan[0].widths, distillation, plan, tx, made.schedule("student", *made.spans(plan)),
-        made.preprocess, images=8,
+        made.task.preprocess, images=8,
     )  # fmt: skip
     teacher = jax.jit(lambda key: net.extract(*net.init(key, (32, 32, 3)), width))(jax.random.key(1))
     state = jax.jit(lambda: student.init(made.student, (32, 32, 3), distillation, tx, 0))()

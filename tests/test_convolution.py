@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pwkd_jax import costing, models
+from pwkd_jax import models
+from pwkd_jax.cost import compiler
+from pwkd_jax.experiment.programs import Program
 from pwkd_jax.models import convolution
-from pwkd_jax.programs import Program
 
 # (images, kernel, strides, padding), with chunks of all images, of some, and of one.
 CASES = {
@@ -132,5 +133,5 @@ def test_preflight_reckons_with_convolutions():
 
     program = Program("kernel", jax.jit(lambda k: jax.grad(loss)(k)), (kernel,), {}, 64, "", 1)
     count = 2 * 64 * 30 * 30 * 9 * 4 * 8  # of the gradient alone; the output itself is not asked for
-    flops = costing.outline(program, 1, None).flops
+    flops = compiler.outline(program, 1, None).flops
     assert count <= flops < 2.5 * count

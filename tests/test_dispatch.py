@@ -267,8 +267,8 @@ def test_a_small_step_is_dispatched_five_times_as_often():
 
 CACHE = """
 import jax
-from pwkd_jax import cache
-cache.enable()
+from pwkd_jax.cost import compilation_cache
+compilation_cache.enable()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.jit(lambda x: x * 3)(2.0)
 """

@@ -14,13 +14,13 @@ from test_distillers import BATCH
 from pwkd_jax import distillers, models, slimmable
 from pwkd_jax.distillers.at import at_loss
 from pwkd_jax.distillers.cc import cc_loss
-from pwkd_jax.distillers.connectors import ConvReg
 from pwkd_jax.distillers.fitnet import hint_loss
 from pwkd_jax.distillers.fsp import fsp_loss
 from pwkd_jax.distillers.kdsvd import kdsvd_loss, leading, right_vectors
 from pwkd_jax.distillers.maps import adaptive_pool, normalise
 from pwkd_jax.distillers.nst import nst_loss
 from pwkd_jax.distillers.pkt import pkt_loss
+from pwkd_jax.distillers.regressors import ConvReg
 from pwkd_jax.distillers.rkd import angle_loss, distance_loss
 from pwkd_jax.distillers.sp import sp_loss
 from pwkd_jax.distillers.vid import Guess, vid_loss

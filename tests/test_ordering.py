@@ -8,8 +8,9 @@ import pytest
 from conftest import made_up
 from flax.traverse_util import flatten_dict
 
-from pwkd_jax import models, ordering
+from pwkd_jax import models
 from pwkd_jax.errors import UserError
+from pwkd_jax.models import ordering
 
 
 class Separable(nn.Module):

@@ -13,9 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from pwkd_jax import chips, config, costing, feeding, preflight, programs, setting
+from pwkd_jax import config, preflight
+from pwkd_jax.cost import chips, compiler, input_rate
+from pwkd_jax.cost import preflight as measured
 from pwkd_jax.data.outline import outline
 from pwkd_jax.errors import UserError
+from pwkd_jax.experiment import definition, programs
 from pwkd_jax.reporting import preflight as report
 from pwkd_jax.training import sharding, teacher
 
@@ -109,7 +112,7 @@ def test_a_gpu_multiplies_float32_at_half_its_rate():
 @pytest.mark.parametrize("start", [8, 64, 512, 4096])
 @pytest.mark.parametrize("unit", [1, 8, 24])
 def test_an_affine_memory_gives_the_largest_batch_within_five_percent(start, unit):
-    largest, tried = costing.largest(lambda b: (1000 + 7 * b, 1000 + 7 * b <= 15_750), 15_750, unit, start)
+    largest, tried = compiler.largest(lambda b: (1000 + 7 * b, 1000 + 7 * b <= 15_750), 15_750, unit, start)
     exact = 14_750 // 7 // unit * unit
     assert largest == exact or (exact > largest and 1000 + 7 * largest >= 0.95 * 15_750)
     assert len(tried) <= 4 and largest in tried and all(b % unit == 0 for b in tried)
@@ -120,19 +123,19 @@ def test_what_bends_is_never_promised_untried():
         size = 100 * 2 ** math.ceil(math.log2(batch))
         return size, size <= 60_000
 
-    largest, tried = costing.largest(need, 60_000, 8, 32)
+    largest, tried = compiler.largest(need, 60_000, 8, 32)
     assert largest in tried and need(largest)[1] and len(tried) <= 6
     assert largest >= 256  # at least half the true 512
 
 
 def test_the_compilers_word_counts_more_than_the_limit():
     """It keeps some of a chip's memory for itself: what the line promises may be refused."""
-    largest, tried = costing.largest(lambda b: (100 * b, 100 * b <= 9_700), 10_000, 1, 10)
+    largest, tried = compiler.largest(lambda b: (100 * b, 100 * b <= 9_700), 10_000, 1, 10)
     assert 95 <= largest <= 97 and 100 in tried
 
 
 def test_a_batch_that_never_fits_gives_zero():
-    largest, tried = costing.largest(lambda b: (10**6 + b, False), 1000, 16, 64)
+    largest, tried = compiler.largest(lambda b: (10**6 + b, False), 1000, 16, 64)
     assert largest == 0 and 16 in tried
 
 
@@ -147,7 +150,7 @@ def test_a_batch_that_never_fits_gives_zero():
     ],
 )  # fmt: skip
 def test_the_compilers_refusal_is_read(message, found):
-    assert costing.exhausted(message) == found
+    assert compiler.exhausted(message) == found
 
 
 class Refused:
@@ -162,10 +165,10 @@ class Refused:
 
 def test_a_refused_program_is_known_by_its_arguments_and_temporaries():
     message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, ... HLO temporaries (20.00G) exceeds available HBM (15.75G)."
-    found = costing._compile("teacher step", Refused(message), {}, 2**30)
+    found = compiler._compile("teacher step", Refused(message), {}, 2**30)
     assert found.fits is False and found.total == 21 * 2**30 and found.limit == int(15.75 * 2**30)
     with pytest.raises(UserError, match=r"libtpu .* teacher step \(INTERNAL: arity\)"):
-        costing._compile("teacher step", Refused("INTERNAL: arity\nat somewhere"), {}, 2**30)
+        compiler._compile("teacher step", Refused("INTERNAL: arity\nat somewhere"), {}, 2**30)
 
 
 # The data set's outline.
@@ -219,14 +222,14 @@ def test_a_prepared_sets_metadata_count():
 def built():
     c = settings("--config.arms=alone,kd_whole,pwkd,pwkd_random", "--config.seeds=2")
     mesh = sharding.make_mesh(1, jax.devices()[:1])
-    return preflight._build(c, jax.devices()[:1], outline(c)[0]), mesh
+    return measured._build(c, jax.devices()[:1], outline(c)[0]), mesh
 
 
 def test_every_step_of_the_experiment_is_counted(built):
     found = programs.programs(built[0])
     c, images = built[0].config, 1198
     student = sum(p.runs for p in found if p.name.startswith("student step"))
-    lengths = setting.stage_lengths(c, built[0].facts)
+    lengths = definition.stage_lengths(c, built[0].facts)
     assert student == len(c.arms) * c.seeds * sum(lengths)
     names = [p.name for p in found]
     assert len(set(names)) == len(names)
@@ -260,7 +263,7 @@ def test_the_work_of_a_layer_is_right():
     sharded = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     args = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded) for x in (a, b))
     program = programs.Program("product", jax.jit(lambda x, y: x @ y), args, {}, 64, "teacher.batch_size", 1)
-    found = costing.outline(program, 1, None)
+    found = compiler.outline(program, 1, None)
     assert found.flops == 2 * 64 * 128 * 256
     assert found.traffic >= 4 * (64 * 128 + 128 * 256 + 64 * 256)
     assert found.memory["arguments"] == 4 * (64 * 128 + 128 * 256) and found.fits is None
@@ -328,18 +331,18 @@ def test_a_card_gives_what_can_be_known_and_says_what_cannot(capsys, tmp_path, m
 
 
 def a_result(**changes) -> dict:
-    memory = dict(zip(costing.KINDS, (100 << 20, 90 << 20, 3 << 30, 90 << 20, 20 << 20), strict=True))
-    cost = costing.Cost(True, memory, 0, 5e12, 9e9, {"all-reduce": (27, 10**8)}, 61.0)
+    memory = dict(zip(compiler.KINDS, (100 << 20, 90 << 20, 3 << 30, 90 << 20, 20 << 20), strict=True))
+    cost = compiler.Cost(True, memory, 0, 5e12, 9e9, {"all-reduce": (27, 10**8)}, 61.0)
     where = chips.topology("v5e:16x16")
     named = [programs.Program(n, None, (), {}, 1024, "teacher.batch_size", 187_500) for n in
              ("standard teacher 1 evaluation", "student step, teacher drawn")]  # fmt: skip
-    rows = [preflight._row(p, cost._replace(**changes), where, 256, "float32", 1.2) for p in named]
+    rows = [measured._row(p, cost._replace(**changes), where, 256, "float32", 1.2) for p in named]
     data = {"name": "imagenet2012", "source": "as imagenet2012 is known", "train_images": 1_281_167, "test_images": 50_000,
             "num_classes": 1000, "image_shape": [224, 224, 3]}  # fmt: skip
     return {"config": "imagenet-resnet50-mobilenetv1-kd", "topology": where.name, "chips": 256, "devices": 256,
             "chip": where.chip._asdict(), "data": data, "dtype": "float32", "programs": rows, "partial": False, "full": False,
-            "fits": cost._replace(**changes).fits, "price": 1.2, "chip_hours": preflight._sum(r["chip_hours"] for r in rows),
-            "cost": preflight._sum(r["cost"] for r in rows)}  # fmt: skip
+            "fits": cost._replace(**changes).fits, "price": 1.2, "chip_hours": measured._sum(r["chip_hours"] for r in rows),
+            "cost": measured._sum(r["cost"] for r in rows)}  # fmt: skip
 
 
 def test_the_page_fits_its_columns_and_says_so_when_a_program_does_not_fit():
@@ -373,7 +376,7 @@ def asked(rate: float, topology: str = "v5e:4x4", **changes) -> dict | None:
     named = (("teacher step", 1024, "teacher.batch_size", 0.02), ("student step, teacher 1", 512, "student.batch_size", 0.004),
              ("student evaluation", 4096, "evaluation.batch_size", 0.001))  # fmt: skip
     keys = ("name", "batch", "batch_key", "step_seconds")
-    return feeding.feeding([dict(zip(keys, r, strict=True)) | changes for r in named], chips.topology(topology), rate)
+    return input_rate.feeding([dict(zip(keys, r, strict=True)) | changes for r in named], chips.topology(topology), rate)
 
 
 def test_cores_are_a_hosts_share_of_the_batch_over_the_rate_of_one():
@@ -400,8 +403,8 @@ def test_the_page_says_whether_the_host_keeps_up(rate, topology, words):
 def test_the_command_counts_the_cores_of_streamed_images_alone(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # 2 ms of an H100's product rate, whatever the program: nothing is compiled.
-    cost = costing.Cost(None, dict.fromkeys(costing.KINDS, 0), 0, 2e-3 * 494.7e12, 1e6, {}, 0.0)
-    monkeypatch.setattr(costing, "outline", lambda *_: cost)
+    cost = compiler.Cost(None, dict.fromkeys(compiler.KINDS, 0), 0, 2e-3 * 494.7e12, 1e6, {}, 0.0)
+    monkeypatch.setattr(compiler, "outline", lambda *_: cost)
     streamed = ("--config.data.name=mine", "--config.data.num_classes=7", "--config.data.image_size=8", "--images=900",
                 "--config.data.crop_padding=0", "--config.data.mean=(0.5,)", "--config.data.std=(0.25,)")  # fmt: skip
     wanted = ("--topology=h100", "--only=student step, teacher 1", "--json", "--config.student.batch_size=64")

@@ -1,5 +1,6 @@
 """What the README tells people to write, run as they would."""
 
+import ast
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,6 +29,9 @@ def folder(tmp_path_factory):
             for i in range(count):
                 pixels = rng.integers(0, 128, (8, 8, 3)) + 127 * shade
                 Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.png")
+    images, labels = load_digits(return_X_y=True)
+    np.save(folder / "images.npy", (images * 15.9).astype(np.uint8).reshape(-1, 8, 8, 1))
+    np.save(folder / "labels.npy", labels)
     return folder
 
 
@@ -50,6 +55,13 @@ def test_own_data_model_and_distiller(folder):
     table = run(folder, *line)
     assert re.search(r"slimmable +1 .* 100\.00", table), table  # dark cats, light dogs
     assert "pwkd" in run(folder, "-m", "pwkd_jax.report", "runs/mine")
+
+
+def test_ten_lines_from_a_module_to_a_student(folder):
+    code = (folder / "ten_lines.py").read_text()
+    assert len([line for line in code.splitlines() if line and not line.startswith("#")]) <= 10
+    scores = ast.literal_eval(run(folder, "ten_lines.py").strip().splitlines()[-1])
+    assert scores["images"] == 400 and scores["teacher"]["top1"] > 80 and scores["top1"] > 50, scores
 
 
 def test_commands_of_the_readme_exist():

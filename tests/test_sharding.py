@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from conftest import IMAGE_SHAPE, close, family, varied
 
-from pwkd_jax import config, models, setting, slimmable
+from pwkd_jax import config, models, slimmable
 from pwkd_jax.errors import UserError
+from pwkd_jax.experiment import definition
 from pwkd_jax.models import compute
 from pwkd_jax.training import local, sharding
 
@@ -358,7 +359,7 @@ def test_networks_are_computed_as_the_config_says():
     made = config.default().unlock()
     made.dtype, made.batch_norm_group = "bfloat16", 8
     facts = {"image_shape": list(IMAGE_SHAPE), "num_classes": 10}
-    nets, pupil = setting.networks(made, facts)
+    nets, pupil = definition.networks(made, facts)
     for model in (pupil, *nets["slimmable"].members.values(), *nets["standard"].members.values()):
         assert (model.dtype, model.group) == ("bfloat16", 8)
 

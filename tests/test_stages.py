@@ -9,6 +9,7 @@ import pytest
 from pwkd_jax import stages
 from pwkd_jax.errors import UserError
 from pwkd_jax.stages import Stage
+from pwkd_jax.training import schedules
 
 KNOWN = {"batch_size": 64, "images": 50_000}
 SPANS = [(0, 40), (40, 60), (60, 100)]
@@ -20,19 +21,19 @@ SPANS = [(0, 40), (40, 60), (60, 100)]
      ("10%", 100), ("2.5 percent", 25), ("0.001 epochs", 1)],
 )  # fmt: skip
 def test_durations(duration, steps):
-    assert stages.steps(duration, "key", total=1000, **KNOWN) == steps
+    assert schedules.steps(duration, "key", total=1000, **KNOWN) == steps
 
 
 @pytest.mark.parametrize("duration", ["", "5", "epochs", "5 weeks", "-1 epochs", "0 steps", "1.2.3 steps", "nan epochs"])
 def test_durations_that_are_none(duration):
     with pytest.raises(UserError, match=r"teacher.duration: .* is not a duration.*'60 epochs'"):
-        stages.steps(duration, "teacher.duration", **KNOWN)
+        schedules.steps(duration, "teacher.duration", **KNOWN)
 
 
 def test_durations_of_nothing_and_of_an_unknown_whole():
-    assert stages.steps("0 epochs", "key", zero=True, **KNOWN) == 0
+    assert schedules.steps("0 epochs", "key", zero=True, **KNOWN) == 0
     with pytest.raises(UserError, match="percentage"):
-        stages.steps("10 %", "key", **KNOWN)
+        schedules.steps("10 %", "key", **KNOWN)
 
 
 def test_splits_are_exact():
@@ -77,13 +78,13 @@ def step(t, length, peak, floor):
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 def test_one_cycle_per_stage_by_formula(form, formula, floor, decay):
-    schedule = stages.learning_rate(
+    schedule = schedules.learning_rate(
         SPANS, form=form, peak=0.05, floor=floor, milestones=(0.625, 0.75, 0.875), factor=0.1, peak_decay=decay
     )
     expected = [
         formula(t, end - start, 0.05 * decay**c, floor) for c, (start, end) in enumerate(SPANS) for t in range(end - start)
     ]
-    np.testing.assert_allclose(stages.table(schedule, 100), expected, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(schedules.table(schedule, 100), expected, rtol=1e-5, atol=1e-9)
     if form == "cosine":
         # The peak at every stage start; the last step of a stage is near zero but not zero.
         assert [float(schedule(s)) for s, _ in SPANS] == pytest.approx([0.05 * decay**c for c in range(3)])
@@ -91,16 +92,16 @@ def test_one_cycle_per_stage_by_formula(form, formula, floor, decay):
 
 
 def test_one_cycle_and_constant():
-    schedule = stages.learning_rate(SPANS, form="one_cycle", peak=0.05)
+    schedule = schedules.learning_rate(SPANS, form="one_cycle", peak=0.05)
     for start, end in SPANS:
         rates = [float(schedule(s)) for s in range(start, end)]
         assert rates[0] == pytest.approx(0.05 / 25) and max(rates) == pytest.approx(0.05)
         assert rates.index(max(rates)) == pytest.approx(0.3 * (end - start), abs=1)
-    assert set(stages.table(stages.learning_rate(SPANS, form="constant", peak=0.05), 100)) == {np.float32(0.05)}
+    assert set(schedules.table(schedules.learning_rate(SPANS, form="constant", peak=0.05), 100)) == {np.float32(0.05)}
 
 
 def test_warmup_is_inside_every_cycle():
-    rates = stages.table(stages.learning_rate(SPANS, form="cosine", peak=0.05, warmup=4), 100)
+    rates = schedules.table(schedules.learning_rate(SPANS, form="cosine", peak=0.05, warmup=4), 100)
     for start, end in SPANS:
         np.testing.assert_allclose(rates[start : start + 5], 0.05 * np.arange(1, 6) / 5, rtol=1e-5)
         body = [cosine(t, end - start - 4, 0.05, 0) for t in range(end - start - 4)]

@@ -21,9 +21,10 @@ import PIL.Image
 import pytest
 from test_data import _tfds
 
-from pwkd_jax import config, data, evaluate, setting, train
+from pwkd_jax import config, data, evaluate, train
 from pwkd_jax.data import ahead, folder, images, records, stream
 from pwkd_jax.errors import UserError
+from pwkd_jax.experiment import definition
 
 PLAIN = data.Streaming(16, resize=20, workers=0)
 
@@ -598,14 +599,14 @@ def test_tfds_records_and_labels_without_decoding(tmp_path, monkeypatch, capsys)
 def test_labels_are_cached_for_the_user_where_the_data_set_cannot_be_written(tmp_path, monkeypatch):
     home = tfds(tmp_path / "data", [(encode(photo(9, 9)), i) for i in range(4)])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real = records.files.replace
+    real = records.storage.replace
 
     def replace(path, content):
         if not path.is_relative_to(tmp_path / "cache"):
             raise PermissionError(13, "Permission denied")
         real(path, content)
 
-    monkeypatch.setattr(records.files, "replace", replace)
+    monkeypatch.setattr(records.storage, "replace", replace)
     np.testing.assert_array_equal(data.load("toy", home, streaming=PLAIN).train.labels, np.arange(4))
     [kept] = (tmp_path / "cache" / "pwkd_jax").iterdir()
     kept.write_bytes(kept.read_bytes()[:20])  # torn: read anew
@@ -678,13 +679,13 @@ def test_labels_of_the_whole_split_only_where_a_distiller_asks(root, monkeypatch
 
     with monkeypatch.context() as m:
         m.setattr(folder.Files, "labels", never)
-        made = [setting.wants_labels(config.load(arguments(root, f"student.distiller.name={name}"))[0])
+        made = [definition.wants_labels(config.load(arguments(root, f"student.distiller.name={name}"))[0])
                 for name in ("kd", "kd+at", "crd", "kd+crd")]  # fmt: skip
     assert made == [False, False, True, True]
-    assert setting.wants_labels(config.load(["--config=configs/digits.py"])[0])
+    assert definition.wants_labels(config.load(["--config=configs/digits.py"])[0])
     for name in ("kd", "crd"):
         c = config.load(arguments(root, f"student.distiller.name={name}"))[0]
-        batch = setting.prepare(c).batches(8, 0)(0)
+        batch = definition.prepare(c).batches(8, 0)(0)
         assert ("dataset_label" in batch) == (name == "crd")
     np.testing.assert_array_equal(batch["dataset_label"], [0] * 12 + [1] * 11)
 

@@ -14,8 +14,9 @@ from orbax.checkpoint import v1 as ocp
 from test_commands import ROOT, TINY, rows
 from test_hosts import terminated_at
 
-from pwkd_jax import config, experiment, train
+from pwkd_jax import config, train
 from pwkd_jax.errors import UserError
+from pwkd_jax.experiment.workdir import FREE
 from pwkd_jax.training import together
 
 SHARED = [*TINY, "--config.seeds=3", "--config.student.batches=shared", "--config.log.tensorboard=false"]
@@ -142,4 +143,4 @@ def test_what_cannot_be_is_refused(tmp_path, capsys):
 def test_one_student_or_own_batches_train_as_before():
     assert together.several("auto", 1, jax.devices()) is None and together.several("none", 3, jax.devices()) is None
     assert config.default().student.batches == "own"
-    assert "student.together" in experiment.FREE and "student.batches" not in experiment.FREE
+    assert "student.together" in FREE and "student.batches" not in FREE

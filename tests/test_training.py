@@ -12,7 +12,7 @@ from conftest import close, identical
 
 from pwkd_jax import data, distillers, models, slimmable, stages
 from pwkd_jax.errors import UserError
-from pwkd_jax.training import loop, metrics, sharding, student, teacher
+from pwkd_jax.training import loop, metrics, schedules, sharding, student, teacher
 from pwkd_jax.training import state as states
 from pwkd_jax.training.checkpoints import Checkpoints
 from pwkd_jax.training.evaluation import Evaluator
@@ -75,7 +75,7 @@ class Bench:
         teachers = {w: outputs(m) for w, m in self.net.members.items()}
         self.distillation = distillers.build(distillers.create(distiller), outputs(self.model), teachers, batch)
         spans = stages.cycles(plan, True)
-        self.schedule = schedule or stages.learning_rate(spans, form="cosine", peak=0.1)
+        self.schedule = schedule or schedules.learning_rate(spans, form="cosine", peak=0.1)
         self.steps = {}
 
     def fresh(self, seed=3):
@@ -117,10 +117,10 @@ def test_sgd_is_pytorchs(nesterov):
         d = g + 0.01 * p
         v = 0.9 * v + d
         p = p - lr * (d + 0.9 * v if nesterov else v)
-        state, rate = states.apply_gradients(
+        state, used = states.apply_gradients(
             state, {"w": jnp.asarray(g, jnp.float32)}, {}, tx, lambda s: 0.1 / (s + 1)
         )
-        assert float(rate) == pytest.approx(lr)
+        assert float(used["learning_rate"]) == pytest.approx(lr)
     np.testing.assert_allclose(state.params["w"], p, rtol=1e-5)
     assert int(state.step) == 4
 

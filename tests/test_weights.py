@@ -20,8 +20,11 @@ from scipy.special import log_softmax, rel_entr
 from sklearn.metrics import log_loss, top_k_accuracy_score
 from test_commands import TINY
 
-from pwkd_jax import config, convert, data, evaluate, experiment, export, models, scores, setting, train, trained, weights
+from pwkd_jax import config, convert, data, evaluate, export, models, train, weights
 from pwkd_jax.errors import UserError
+from pwkd_jax.experiment import definition, trained
+from pwkd_jax.experiment.run import run as run_experiment
+from pwkd_jax.training import scores
 from pwkd_jax.weights import pytorch
 
 TORCH = importlib.util.find_spec("torch") is not None
@@ -150,7 +153,7 @@ def test_runs_checkpoints_and_exports_of_them_score_alike(run, tmp_path, capsys)
     student, teacher = run / "students/pwkd/seed0", run / "teacher/slimmable"
     assert evaluate.evaluate(str(student))["top1"] == pytest.approx(summary["runs"][0]["top1_last"])
     # The checkpoint at the end of the first stage is another, taught by the narrower teacher.
-    found = trained.load(str(student / "checkpoints/12"))
+    found, _ = trained.load(str(student / "checkpoints/12"))
     assert found.card["assisted"] == {"distiller": "simkd", "teacher": "test_training:Tiny", "width": 0.5}
     first = evaluate.evaluate(str(student / "checkpoints/12"), teacher=str(teacher), teacher_width=0.5)
     assert first["top1"] == pytest.approx(summary["runs"][0]["stage_ends"][0])
@@ -182,7 +185,7 @@ def test_training_starts_from_given_weights_in_order(run, tmp_path):
     whole = run / "teacher/slimmable/width_1.safetensors"
     options = [f"--config.teacher.weights={whole}", f"--config.student.weights={narrow}",
                "--config.arms=kd_standard,pwkd", f"--config.data.mean=({mean},)", f"--config.data.std=({std},)"]  # fmt: skip
-    loaded = setting.prepare(config.load([*TINY, *options])[0])
+    loaded = definition.prepare(config.load([*TINY, *options])[0])
     net, image = loaded.teachers["slimmable"], np.random.default_rng(0).standard_normal((3, *SHAPE)).astype(np.float32)
     params, statistics = net.spread(loaded.start["slimmable"])
     start = net.forward(params, statistics, 1.0, image, train=False)[0]
@@ -191,7 +194,7 @@ def test_training_starts_from_given_weights_in_order(run, tmp_path):
         scale = np.abs(net.extract(params, statistics, width)["params"]["bn"]["scale"])
         expected = np.sort(np.abs(given["params"]["bn"]["scale"]))[::-1]
         np.testing.assert_array_equal(scale, expected[: len(scale)])
-    result = experiment.run(config.load([*TINY, *options])[0], tmp_path / "w")
+    result = run_experiment(config.load([*TINY, *options])[0], tmp_path / "w")
     standard = result["teachers"]["standard"]
     assert standard["steps"] == 0 and standard["curve"] == []
     kept, _ = weights.read(tmp_path / "w/teacher/standard/width_1.safetensors", "test_training:Tiny")
@@ -363,7 +366,7 @@ def test_mistakes_are_one_sentence(main, arguments, sentence, run, converted, so
 def test_runs_that_were_moved_or_torn(run, tmp_path, capsys):
     work = shutil.copytree(run, tmp_path / "work")
     student = work / "students/pwkd/seed0"
-    assert trained.load(str(student / ".." / "seed0")).card["model"] == "test_training:Tiny"
+    assert trained.load(str(student / ".." / "seed0"))[0].card["model"] == "test_training:Tiny"
     for moved in ("students/pwkd/seed0_old", "students/mine/seed0"):
         shutil.copytree(student, work / moved)
         assert "is no run of an experiment" in error(evaluate.main, work / moved, capsys=capsys)
@@ -371,7 +374,7 @@ def test_runs_that_were_moved_or_torn(run, tmp_path, capsys):
     kept = json.loads((work / "config.json").read_text())
     del kept["teacher"]["divisor"]
     (work / "config.json").write_text(json.dumps(kept))
-    assert trained.load(str(student)).card["model"] == "test_training:Tiny"
+    assert trained.load(str(student))[0].card["model"] == "test_training:Tiny"
     (work / "config.json").write_text(json.dumps(kept)[:99])
     assert "is not whole; give the same training command again" in error(evaluate.main, student, capsys=capsys)
 

@@ -10,7 +10,8 @@ from pwkd_jax.errors import UserError
 
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """(images / 255 - mean) / std: uint8 [B, H, W, C] -> float32 [B, H, W, C].
+    """(images / 255 - mean) / std: uint8 [B, H, W, C] -> float32 [B, H, W, C]; float images, in [0, 1] already, are not
+    divided.
 
     mean, std: one number a channel, in units of pixel values in [0, 1]. Raises UserError where their number is not C.
     """
@@ -18,7 +19,8 @@ def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
         if len(values) != images.shape[-1]:
             raise UserError(f"{key}: {len(values)} numbers for images of {images.shape[-1]} channels; give one a channel")
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    return (images.astype(jnp.float32) / 255 - mean) / std
+    scale = 255 if jnp.issubdtype(images.dtype, jnp.integer) else 1
+    return (images.astype(jnp.float32) / scale - mean) / std
 
 
 def augment(key: jax.Array, images: jax.Array, crop_padding: int, flip: bool) -> jax.Array:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pwkd_jax import files
+from pwkd_jax import storage
 from pwkd_jax.data.images import Unreadable
 from pwkd_jax.errors import UserError
 
@@ -122,7 +122,7 @@ class Records:
         np.save(content, labels)
         for path in paths:
             try:
-                files.replace(path, content.getvalue())
+                storage.replace(path, content.getvalue())
                 break
             except OSError:
                 continue

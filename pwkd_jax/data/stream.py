@@ -16,6 +16,7 @@ import numpy as np
 from pwkd_jax.data import images, pipeline
 from pwkd_jax.data.ahead import Reader, cores
 from pwkd_jax.data.images import Unreadable
+from pwkd_jax.data.own import Batches
 from pwkd_jax.data.pipeline import Pipeline
 from pwkd_jax.data.splits import Split, Streaming
 from pwkd_jax.errors import UserError
@@ -108,22 +109,28 @@ class Stream:
         return map(self._scored[key], range(self._scored[key].cycle))
 
 
-def batches(split: Split | Stream, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1, cycle: int = 0):
-    """Training batches of either kind of split, addressed by step: `Pipeline` or `Stream.batches`.
+def batches(
+    split: Split | Stream | Batches, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1, cycle: int = 0
+) -> Callable[[int], dict[str, np.ndarray]]:
+    """Training batches of any kind of split, addressed by step: `Pipeline`, `Stream.batches` or `Batches.batches`.
 
     cycle: where above 0, a promise to read the first so many steps only, over and over.
     """
     if isinstance(split, Stream):
         return split.batches(batch_size, seed, process_index, process_count, cycle)
+    if isinstance(split, Batches):
+        return split.batches(batch_size // process_count, cycle)
     return Pipeline(split, batch_size, seed, process_index, process_count)
 
 
 def eval_batches(
-    split: Split | Stream, batch_size: int, process_index: int = 0, process_count: int = 1
+    split: Split | Stream | Batches, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Either kind of split in its own order, every image once: see `pipeline.eval_batches`."""
+    """Any kind of split in its own order, every image once: see `pipeline.eval_batches`."""
     if isinstance(split, Stream):
         return split.eval_batches(batch_size, process_index, process_count)
+    if isinstance(split, Batches):
+        return split.eval_batches(batch_size // process_count)
     return pipeline.eval_batches(split, batch_size, process_index, process_count)
 
 

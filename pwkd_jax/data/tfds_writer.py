@@ -25,7 +25,7 @@ from typing import Any
 import tqdm
 
 from pwkd_jax.errors import UserError
-from pwkd_jax.files import replace
+from pwkd_jax.storage import replace
 
 
 @dataclasses.dataclass(frozen=True)

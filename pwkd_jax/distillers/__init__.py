@@ -12,7 +12,7 @@ A distiller is a Flax module called as `distiller(student, teacher, batch, progr
 It may own parameters (connectors, trained with the student) and state (any other collection), and may draw random
 numbers with `self.make_rng("distiller")`. Two fields say how its loss enters the total, ce_weight * CE + weight * loss,
 and every field is a config key under `student.distiller`. Under staging nothing of this changes: parameters are built
-for the widest teacher, and a stage uses their leading block (`Distillation`).
+for the widest teacher, and a stage uses their leading block (`connectors`).
 
 Two methods are optional. `initial(student, teacher, batch, progress) -> (loss, metrics)` alone is minimised, without cross
 entropy, for the first `initial_epochs` of the run, or of every stage where the field `initial_each_stage` is true; they are
@@ -23,18 +23,16 @@ logits in evaluation.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
 
-from pwkd_jax import models, slimmable
+from pwkd_jax import models
 from pwkd_jax.distillers.ab import AB
 from pwkd_jax.distillers.at import AT
 from pwkd_jax.distillers.catkd import CATKD
 from pwkd_jax.distillers.cc import CC
+from pwkd_jax.distillers.connectors import START, Distillation, Progress, build, fit, starts
 from pwkd_jax.distillers.crd import CRD
 from pwkd_jax.distillers.ctkd import CTKD
 from pwkd_jax.distillers.dist import DIST
@@ -59,11 +57,11 @@ from pwkd_jax.distillers.simkd import SimKD
 from pwkd_jax.distillers.sokd import SoKD
 from pwkd_jax.distillers.sp import SP
 from pwkd_jax.distillers.srrl import SRRL
-from pwkd_jax.distillers.standardise import standardise
 from pwkd_jax.distillers.student_friendly import StudentFriendly
 from pwkd_jax.distillers.vid import VID
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import convolution
+
+__all__ = ["BUILTIN", "START", "Distillation", "Progress", "Sum", "build", "create", "fields", "fit"]
 
 BUILTIN = {
     "ab": AB, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "ctkd": CTKD, "dist": DIST, "dkd": DKD, "fitnet": FitNet,
@@ -73,12 +71,6 @@ BUILTIN = {
 }  # fmt: skip
 
 
-class Progress(NamedTuple):
-    """Where a step stands: the stage's number, and the steps and epochs that this stage has seen before it."""
-
-    stage: jax.Array
-    step: jax.Array
-    epoch: jax.Array
 
 
 def _class(name: str):
@@ -152,95 +144,12 @@ class Sum(nn.Module):
         return sum(weight * loss for weight, loss, _ in results), metrics
 
     def initial(self, *inputs):
-        return sum(part.initial(*inputs)[0] for part in self.parts if _starts(part)), {}
+        return sum(part.initial(*inputs)[0] for part in self.parts if starts(part)), {}
 
 
-def _starts(distiller: nn.Module) -> bool:
-    """Whether it has an initial phase."""
-    return getattr(distiller, "initial_epochs", 0.0) > 0
 
 
-START = Progress(np.int32(0), np.int32(0), np.float32(0))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Distillation:
-    """A distiller fitted to a pair: its full-width variables and, for every teacher width, their leading block's shapes.
-
-    likes: {width: abstract variables when that width teaches}, widest first. standardise: whether the distiller sees
-    logits standardised per image (Sun et al., CVPR 2024); the cross entropy never does.
-    """
-
-    distiller: nn.Module
-    student: models.Outputs
-    teachers: dict[float, models.Outputs]
-    batch: dict[str, jax.ShapeDtypeStruct]
-    likes: dict[float, dict]
-    standardise: bool = False
-
-    def init(self, key: jax.Array) -> tuple[dict, dict]:
-        """(params, state) for the widest teacher; an initialiser sees zeros, not images."""
-        widest = next(iter(self.teachers))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (self.student, self.teachers[widest], self.batch))
-        variables = dict(self.distiller.init({"params": key, "distiller": key}, *zeros, START))
-        return variables.pop("params", {}), variables
-
-    def _block(self, params, state, width: float) -> dict:
-        like = dict(self.likes[width])
-        return {"params": slimmable.take(params, like.pop("params", {}))} | slimmable.take(state, like)
-
-    def __call__(self, params, state, width: float, student, teacher, batch, progress: Progress, key):
-        """(weighted loss, state, metrics) of one batch when the sub-network at `width` teaches."""
-        block, rngs = self._block(params, state, width), {"distiller": key}
-        teacher = jax.lax.stop_gradient(teacher)
-        ce = jnp.mean(slimmable.cross_entropy(student.logits, batch["label"]))
-        if self.standardise:
-            student, teacher = (out._replace(logits=standardise(out.logits)) for out in (student, teacher))
-        inputs = (student, teacher, batch, progress)
-        with convolution.products():
-            (loss, metrics), new = self.distiller.apply(block, *inputs, rngs=rngs, mutable=list(state))
-        total = getattr(self.distiller, "ce_weight", 1.0) * ce + getattr(self.distiller, "weight", 1.0) * loss
-        if _starts(self.distiller):
-            with convolution.products():
-                (first, _), started = self.distiller.apply(block, *inputs, rngs=rngs, mutable=list(state), method="initial")
-            now = progress.epoch < self.distiller.initial_epochs
-            if not self.distiller.initial_each_stage:
-                now &= progress.stage == 0
-            total = jnp.where(now, first, total)
-            new = jax.tree.map(lambda a, b: jnp.where(now, a, b), dict(started), dict(new))
-        return total, slimmable.put(state, dict(new)), {"cross_entropy": ce, "distillation": loss, **metrics}
-
-    @property
-    def predicts(self) -> bool:
-        return hasattr(self.distiller, "predict")
-
-    def predict(self, params, state, width: float, student, teacher) -> jax.Array:
-        """The logits by which a method that `predicts` wants its student judged."""
-        return self.distiller.apply(self._block(params, state, width), student, teacher, method="predict")
 
 
-def build(
-    distiller: nn.Module,
-    student: models.Outputs,
-    teachers: dict[float, models.Outputs],
-    batch: dict[str, jax.ShapeDtypeStruct],
-    *,
-    standardise: bool = False,
-) -> Distillation:
-    """Fit `distiller` to abstract outputs of the student and of the teacher at each width, without allocating.
-
-    Raises UserError where the method cannot serve this pair: its own reason, or the path of a parameter that is no
-    leading block at some width.
-    """
-    teachers = dict(sorted(teachers.items(), reverse=True))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    likes = {}
-    for width, outputs in teachers.items():
-        rngs = {"params": key, "distiller": key}
-        likes[width] = dict(jax.eval_shape(distiller.init, rngs, student, outputs, batch, START))
-        if bad := slimmable.misfit(next(iter(likes.values())), likes[width]):
-            raise UserError(
-                f"student.distiller: at teacher width {width:g} '{bad}' is not a leading block of the same parameter at "
-                "full width, so it cannot follow the stages"
-            )
-    return Distillation(distiller, student, teachers, batch, likes, standardise)

@@ -1,64 +1,185 @@
-"""Trained maps from the student's features to the teacher's.
+"""How a distiller follows the stages: its connectors (whatever it trains beside the student) and its state are built once, for
+the widest teacher, and a stage cuts out their leading block."""
 
-Batch norm in them always uses the batch: a connector exists in training alone. Kernels end in the teacher's channels,
-so that a narrow stage uses their leading block.
-"""
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from pwkd_jax import models, slimmable
+from pwkd_jax.distillers.standardise import standardise
 from pwkd_jax.errors import UserError
-
-# PyTorch's default for convolutions: uniform within 1 / sqrt(fan in).
-uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+from pwkd_jax.models import convolution
 
 
-def _window(method: str, source: int, target: int) -> tuple[int, int, int]:
-    """(kernel, stride, padding) of the convolution that takes `source` pixels to `target`; stride 0 doubles them."""
-    if source == 2 * target:
-        return 3, 2, 1
-    if 2 * source == target:
-        return 4, 0, 1
-    if source >= target:
-        return 1 + source - target, 1, 0
-    raise UserError(
-        f"student.distiller: {method} takes the student's map of {source} pixels a side to the teacher's of {target}, "
-        "but can only shrink it, keep it or double it: choose a stage, or a student, of a higher resolution"
-    )
+class Progress(NamedTuple):
+    """Where a step stands: the stage's number, and the steps and epochs that this stage has seen before it."""
+
+    stage: jax.Array
+    step: jax.Array
+    epoch: jax.Array
 
 
-class ConvReg(nn.Module):
-    """FitNet's regressor: convolution, batch norm and ReLU, [B, H, W, C] to [B, *size, features].
+def starts(distiller: nn.Module) -> bool:
+    """Whether it has an initial phase."""
+    return getattr(distiller, "initial_epochs", 0.0) > 0
 
-    The convolution follows from the sizes: 3x3 with stride 2 where the map is twice the target, a transposed 4x4 with
-    stride 2 where it is half of it, else as large a kernel, without padding, as leaves `size` (1x1 where they agree).
-    It has no bias, which the batch norm would take out again. method: who asks, for the refusal.
+
+START = Progress(np.int32(0), np.int32(0), np.float32(0))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Distillation:
+    """A distiller fitted to a pair: its full-width variables and, for every teacher width, their leading block's shapes.
+
+    likes: {width: abstract variables when that width teaches}, widest first. standardise: whether the distiller sees
+    logits standardised per image (Sun et al., CVPR 2024); the cross entropy never does.
     """
 
-    features: int
-    size: tuple[int, int]
-    method: str
-    relu: bool = True
+    distiller: nn.Module
+    student: models.Outputs
+    teachers: dict[float, models.Outputs]
+    batch: dict[str, jax.ShapeDtypeStruct]
+    likes: dict[float, dict]
+    standardise: bool = False
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        sides = zip(x.shape[1:3], self.size, strict=True)
-        kernel, stride, pad = zip(*(_window(self.method, *side) for side in sides), strict=True)
-        if 0 in stride:
-            if any(stride):
-                raise UserError(
-                    f"student.distiller: {self.method} cannot double one side of a map alone: the student's is "
-                    f"{x.shape[1:3]}, the teacher's {self.size}; choose a stage of the same proportions"
-                )
-            # Padding of the input spread out with zeros: 2 gives exactly twice the size, as PyTorch's 1 does.
-            convolution = nn.ConvTranspose(
-                self.features, kernel, (2, 2), padding=(2, 2), use_bias=False, kernel_init=uniform, name="conv"
+    def init(self, key: jax.Array) -> tuple[dict, dict]:
+        """(params, state) for the widest teacher; an initialiser sees zeros, not images."""
+        widest = next(iter(self.teachers))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (self.student, self.teachers[widest], self.batch))
+        variables = dict(self.distiller.init({"params": key, "distiller": key}, *zeros, START))
+        return variables.pop("params", {}), variables
+
+    def _block(self, params, state, width: float) -> dict:
+        like = dict(self.likes[width])
+        return {"params": slimmable.take(params, like.pop("params", {}))} | slimmable.take(state, like)
+
+    def __call__(self, params, state, width: float, student, teacher, batch, progress: Progress, key):
+        """(weighted loss, state, metrics) of one batch when the sub-network at `width` teaches."""
+        block, rngs = self._block(params, state, width), {"distiller": key}
+        teacher = jax.lax.stop_gradient(teacher)
+        ce = jnp.mean(slimmable.cross_entropy(student.logits, batch["label"]))
+        if self.standardise:
+            student, teacher = (out._replace(logits=standardise(out.logits)) for out in (student, teacher))
+        inputs = (student, teacher, batch, progress)
+        with convolution.products():
+            (loss, metrics), new = self.distiller.apply(block, *inputs, rngs=rngs, mutable=list(state))
+        total = getattr(self.distiller, "ce_weight", 1.0) * ce + getattr(self.distiller, "weight", 1.0) * loss
+        if starts(self.distiller):
+            with convolution.products():
+                (first, _), started = self.distiller.apply(block, *inputs, rngs=rngs, mutable=list(state), method="initial")
+            now = progress.epoch < self.distiller.initial_epochs
+            if not self.distiller.initial_each_stage:
+                now &= progress.stage == 0
+            total = jnp.where(now, first, total)
+            new = jax.tree.map(lambda a, b: jnp.where(now, a, b), dict(started), dict(new))
+        return total, slimmable.put(state, dict(new)), {"cross_entropy": ce, "distillation": loss, **metrics}
+
+    def loss(
+        self,
+        student: models.Outputs | jax.Array,
+        teacher: models.Outputs | jax.Array,
+        batch: Mapping[str, jax.Array] | jax.Array,
+        *,
+        width: float | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(weighted loss, metrics) of one batch, for a loop of your own: of a method that trains and keeps nothing.
+
+        student, teacher: `models.Outputs`, or logits [B, classes]. batch: {"label": int [B], ...}, or the labels alone.
+        width: of the teacher's sub-network, the widest by default. Raises UserError for a method with connectors or a state,
+        which `init` gives and a call of this object takes and returns.
+        """
+        widest = next(iter(self.likes))
+        if any(self.likes[widest].values()):
+            kinds = " and ".join(sorted(kind for kind, tree in self.likes[widest].items() if tree))
+            raise UserError(
+                f"student.distiller: {type(self.distiller).__name__} has {kinds} of its own, which a loss alone would lose; "
+                "make them with init(key) and call the distillation itself"
             )
-        else:
-            # Explicit padding: 'SAME' with stride 2 pads on one side only, unlike the reference.
-            padding = tuple((p, p) for p in pad)
-            convolution = nn.Conv(
-                self.features, kernel, stride, padding=padding, use_bias=False, kernel_init=uniform, name="conv"
+        batch = batch if isinstance(batch, Mapping) else {"label": batch}
+        outputs = (models.as_outputs(student), models.as_outputs(teacher))
+        value, _, metrics = self({}, {}, width or widest, *outputs, batch, START, jax.random.key(0))
+        return value, metrics
+
+    @property
+    def predicts(self) -> bool:
+        return hasattr(self.distiller, "predict")
+
+    def predict(
+        self, params: dict, state: dict, width: float, student: models.Outputs, teacher: models.Outputs
+    ) -> jax.Array:
+        """The logits by which a method that `predicts` wants its student judged."""
+        return self.distiller.apply(self._block(params, state, width), student, teacher, method="predict")
+
+
+def build(
+    distiller: nn.Module,
+    student: models.Outputs,
+    teachers: dict[float, models.Outputs],
+    batch: dict[str, jax.ShapeDtypeStruct],
+    *,
+    standardise: bool = False,
+) -> Distillation:
+    """Fit `distiller` to abstract outputs of the student and of the teacher at each width, without allocating.
+
+    Raises UserError where the method cannot serve this pair: its own reason, or the path of a parameter that is no
+    leading block at some width.
+    """
+    teachers = dict(sorted(teachers.items(), reverse=True))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    likes = {}
+    for width, outputs in teachers.items():
+        rngs = {"params": key, "distiller": key}
+        likes[width] = dict(jax.eval_shape(distiller.init, rngs, student, outputs, batch, START))
+        if bad := slimmable.misfit(next(iter(likes.values())), likes[width]):
+            raise UserError(
+                f"student.distiller: at teacher width {width:g} '{bad}' is not a leading block of the same parameter at "
+                "full width, so it cannot follow the stages"
             )
-        x = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5, name="norm")(convolution(x))
-        return nn.relu(x) if self.relu else x
+    return Distillation(distiller, student, teachers, batch, likes, standardise)
+
+
+def fit(
+    distiller: nn.Module,
+    student: nn.Module,
+    teachers: Mapping[float, nn.Module],
+    image_shape: tuple[int, ...],
+    *,
+    batch_size: int,
+    images: int = 0,
+    index: bool = True,
+    standardise: bool = False,
+) -> Distillation:
+    """`build` for the models themselves: a student, and the teacher's member at every width, of images [H, W, C].
+
+    images: of the training set whose labels every batch carries, 0 where it does not. index: whether batches say where in that
+    set their images stand. Raises UserError as `build` does, and where the method reads what these batches do not carry.
+    """
+    batch = {
+        "image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    }
+    if index:
+        batch["index"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    if images:
+        batch["dataset_label"] = jax.ShapeDtypeStruct((images,), jnp.int32)
+
+    def outputs(model: nn.Module) -> models.Outputs:
+        variables = models.abstract(model, image_shape)
+        return jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, batch["image"])
+
+    try:
+        return build(
+            distiller, outputs(student), {w: outputs(m) for w, m in teachers.items()}, batch, standardise=standardise
+        )
+    except KeyError as e:
+        if e.args[0] in ("index", "dataset_label"):
+            raise UserError(
+                f"student.distiller: {type(distiller).__name__} reads batch['{e.args[0]}'], which these batches do not have; "
+                "give the training images as arrays"
+            ) from e
+        raise

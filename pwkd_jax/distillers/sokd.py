@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pwkd_jax.distillers.connectors import ConvReg, uniform
 from pwkd_jax.distillers.logits import above_zero, wide
+from pwkd_jax.distillers.regressors import ConvReg, uniform
 from pwkd_jax.distillers.taps import need
 
 # What an operation's magnitude of 0 and of 1 means: turns in degrees, moves, holes and drops as a fraction.

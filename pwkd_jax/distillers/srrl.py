@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pwkd_jax.distillers.connectors import uniform
 from pwkd_jax.distillers.heads import teacher_head
 from pwkd_jax.distillers.logits import wide
+from pwkd_jax.distillers.regressors import uniform
 from pwkd_jax.distillers.taps import need
 
 

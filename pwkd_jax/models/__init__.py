@@ -82,6 +82,22 @@ def from_name(name: str, builtin: Callable[[str], tuple[Callable[..., Any], dict
     return found
 
 
+def _families() -> tuple:
+    from pwkd_jax.models import mobilenet, resnet, shufflenet, vgg, vit, wrn
+
+    return (resnet, wrn, vgg, mobilenet, shufflenet, vit)
+
+
+def name_of(model: nn.Module) -> str:
+    """The name by which `create` makes this model: a built-in one's own, or `module:Name` of your class."""
+    for family in _families():
+        for name in family.KNOWN:
+            make, fixed = family.parse(name)
+            if type(model) is make and all(getattr(model, key) == value for key, value in fixed.items()):
+                return name
+    return f"{type(model).__module__}:{type(model).__qualname__}"
+
+
 def create(name: str, *, width: float = 1.0, num_classes: int = 10, **options) -> nn.Module:
     """The model `name` at `width`: one of the families beside this file, each of which lists its names, or your own as
     `module:Name`.
@@ -90,9 +106,7 @@ def create(name: str, *, width: float = 1.0, num_classes: int = 10, **options) -
     (0 or False) are not passed, so that a model needs to know only what is used of it.
     Raises UserError for an unknown name or option, and WidthError for a width that does not fit.
     """
-    from pwkd_jax.models import mobilenet, resnet, shufflenet, vgg, vit, wrn
-
-    families = (resnet, wrn, vgg, mobilenet, shufflenet, vit)
+    families = _families()
 
     def builtin(name: str):
         return next((found for family in families if (found := family.parse(name))), None)

@@ -37,8 +37,8 @@ from typing import Any
 import numpy as np
 
 from pwkd_jax.errors import UserError
-from pwkd_jax.files import replace
-from pwkd_jax.reporting import page, words
+from pwkd_jax.reporting import words
+from pwkd_jax.storage import replace
 
 FORMAT, VERSION = "pwkd_jax.summary", 1
 ORDER = ("alone", "kd_standard", "kd_whole", "kd_whole_cyclic", "pwkd", "pwkd_reversed", "pwkd_random")
@@ -91,6 +91,8 @@ def write(summary: dict, workdir: str | os.PathLike) -> None:
     """Writes `summary.json` and `report.html` into `workdir`, each whole or not at all."""
     # The numbers first: no trouble with a picture may cost them.
     replace(Path(workdir) / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    from pwkd_jax.reporting import page  # matplotlib, which nobody waits for before training begins
+
     replace(Path(workdir) / "report.html", page.report(summary))
 
 

@@ -12,11 +12,15 @@ from pwkd_jax.training import distributed
 
 
 class Checkpoints:
-    """The checkpoints of one run: the latest, and those at the steps to `keep` (stage ends)."""
+    """The checkpoints of one run: the latest, and those at the steps to `keep` (stage ends). Without a directory there are
+    none."""
 
-    def __init__(self, directory: Path, keep: Sequence[int] = ()):
+    def __init__(self, directory: Path | None, keep: Sequence[int] = ()):
+        self.steps: list[int] = []
+        self._directory, self._manager = directory, None
+        if directory is None:
+            return
         policies = ocp.training.preservation_policies
-        self._directory = directory
         self._manager = ocp.training.Checkpointer(
             directory.absolute(),
             preservation_policy=policies.AnyPreservationPolicy(
@@ -28,7 +32,7 @@ class Checkpoints:
 
     def save(self, step: int, state, note: dict | None = None) -> None:
         """Start saving in the background; waits only for a save still under way. note: JSON to keep beside the state."""
-        if step in self.steps:
+        if self._manager is None or step in self.steps:
             return
         # Orbax has copied the arrays when this returns, so the next step may overwrite them.
         self._manager.save_checkpointables_async(step, {"state": state}, force=True, custom_metadata=note)
@@ -55,7 +59,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the last save to be complete on disk."""
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
 
 def _shapes(tree) -> dict[str, tuple]:

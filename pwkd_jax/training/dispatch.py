@@ -30,7 +30,7 @@ MOST = 100
 
 def on_device(choice: str, split: data.Split | data.Stream) -> bool:
     """Whether data.on_device = `choice` (auto, always or never) puts the images of `split` on the devices."""
-    if isinstance(split, data.Stream):
+    if not isinstance(split, data.Split):
         return False
     return choice == "always" or (choice == "auto" and split.images.nbytes <= LIMIT)
 

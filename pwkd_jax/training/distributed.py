@@ -17,6 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pwkd_jax.errors import UserError
+from pwkd_jax.storage import replace
 
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command may be given again
 LOST = "another process has died or cannot be reached; the same command continues from the last checkpoint"
@@ -58,6 +60,12 @@ def several() -> bool:
 def primary() -> bool:
     """Whether this is the process that prints and writes files (checkpoints are written by all)."""
     return not several() or jax.process_index() == 0
+
+
+def write(path: Path, content: str) -> None:
+    """Write a file, by the first of several processes. Raises OSError."""
+    if primary():
+        replace(path, content)
 
 
 def share(value: Any) -> Any:

@@ -1,12 +1,18 @@
-"""Evaluation on a whole split, every image counted exactly once, and the ensemble of snapshots."""
+"""Evaluation on a whole split, every image counted exactly once: while training, with the ensemble of snapshots, and after."""
 
+import itertools
+import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pwkd_jax import data, models, slimmable
-from pwkd_jax.training import metrics, preemption, sharding
+from pwkd_jax.errors import UserError
+from pwkd_jax.training import metrics, preemption, scores, sharding
+from pwkd_jax.weights import Network
 
 
 class Evaluator:
@@ -53,3 +59,61 @@ class Evaluator:
             total = total + probabilities[: len(self._split.labels)]
             result.append(100.0 * int(np.sum(total.argmax(-1) == self._split.labels)) / len(self._split.labels))
         return result
+
+
+def predictor(network: Network) -> tuple[Callable[[np.ndarray], jax.Array], int]:
+    """(images [B, H, W, C] -> log-probabilities [B, classes], asynchronous; how many devices share a batch)."""
+    mesh = sharding.make_mesh()
+    variables = jax.device_put(network.variables, sharding.replicated(mesh))
+    run = jax.jit(lambda v, x: jax.nn.log_softmax(network.logits(x, v).astype(jnp.float32)))
+    return lambda images: run(variables, sharding.put_batch(mesh, {"image": images})["image"]), mesh.size
+
+
+def score_predictions(
+    log_probabilities: Callable, split: data.Split, *, teacher: Callable | None = None, batch_size: int = 256, devices: int = 1,
+    names: tuple[str, str] = ("the network", "its teacher"),
+) -> dict:  # fmt: skip
+    """{"images", "images_per_second", the keys of `scores.summary`} of a predictor on a split, and beside a teacher's with
+    "teacher": its own scores. Raises UserError, by `names`, for one that gives no numbers."""
+    found, labels, rate = _predict(log_probabilities, split, batch_size, devices)
+    beside = _predict(teacher, split, batch_size, devices)[0] if teacher else None
+    for who, predicted in zip(names, (found, beside), strict=True):
+        if predicted is not None and (bad := int(np.isnan(predicted).any(axis=1).sum())):
+            raise UserError(f"{who}: gives no number for {bad} of {len(labels)} images; its weights are not finite")
+    own = scores.summary(scores.per_image(found, labels, beside))
+    result = {"images": len(labels), "images_per_second": rate, **own}
+    return result | ({"teacher": scores.summary(scores.per_image(beside, labels))} if teacher else {})
+
+
+def _predict(log_probabilities: Callable, split, batch_size: int, devices: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """(log-probabilities [N, classes], labels [N], images a second without the first batch, whose program is compiled)."""
+    batch_size = -(-min(batch_size, len(split)) // devices) * devices
+    batches = data.eval_batches(split, batch_size)
+    first = next(batches)
+    jax.block_until_ready(log_probabilities(first["image"]))
+    begun, results, labels, real = time.perf_counter(), [], [], []
+    for batch in itertools.chain([first], batches):
+        results.append(log_probabilities(batch["image"]))
+        labels.append(batch["label"])
+        real.append(batch["mask"] > 0)
+    jax.block_until_ready(results)
+    rate = len(results) * batch_size / (time.perf_counter() - begun)
+    real = np.concatenate(real)
+    return np.concatenate([np.asarray(r) for r in results])[real], np.concatenate(labels)[real], rate
+
+
+def score(network: Any, images: Any, *, teacher: Any = None, batch_size: int = 256) -> dict:
+    """Scores of a trained network on images and labels, alone or beside a teacher: top1, top5, calibration_error and agreement
+    in percent, nll and divergence in nats; with a teacher also "teacher": its own.
+
+    network, teacher: a `Student`, a `Network`, or a `Teacher`, which is scored at its widest (`teacher.at(0.5)` is a network of
+    its own). images: (images, labels), a split, or a `Task`, whose test images are meant.
+    """
+    split = data.as_split(getattr(images, "test", images))
+
+    def of(x: Any) -> Network:
+        return x.network if hasattr(x, "network") else x.at() if hasattr(x, "at") else x
+
+    own, devices = predictor(of(network))
+    beside = None if teacher is None else predictor(of(teacher))[0]
+    return score_predictions(own, split, teacher=beside, batch_size=batch_size, devices=devices)

@@ -11,7 +11,7 @@ import jax
 from pwkd_jax.errors import UserError
 from pwkd_jax.training import distributed, preemption, profile
 from pwkd_jax.training.checkpoints import Checkpoints
-from pwkd_jax.training.metrics import Running
+from pwkd_jax.training.metrics import Running, means
 from pwkd_jax.training.state import State
 from pwkd_jax.training.writers import Progress, Writer
 
@@ -59,8 +59,13 @@ class Cadence(NamedTuple):
     tensorboard: bool
 
 
+def usual(total: int, epoch: int) -> Cadence:
+    """Of a run of `total` steps: logs every 50, evaluates every `epoch`, saves ten times."""
+    return Cadence(50, epoch, max(1, total // 10), False)
+
+
 def run(
-    directory: Path,
+    directory: Path | None,
     label: str,
     state: State,
     segments: Sequence[Segment],
@@ -73,17 +78,18 @@ def run(
     texts: dict[str, str],
     keep: Sequence[int] = (),
     profiled: str = "",
+    callback: Callable[[int, State, dict[str, jax.Array]], None] | None = None,
 ) -> tuple[State, list[dict]]:
-    """Train `state` through all segments in `directory`, from its latest checkpoint if it has one.
+    """Train `state` through all segments in `directory`, from its latest checkpoint if it has one; without one nothing is kept.
 
     Evaluates and saves at the end of every segment besides the cadence. images: in one epoch. texts: written once. profiled:
-    see `profile.parse`.
-    Returns the final state and the rows of metrics.jsonl: {"step", "epoch", "seconds", "train_loss", ...,
-    "images_per_second"}, and what `evaluate` returned where it ran. Raises UserError when the loss is not finite, and
-    Preempted once it has saved what a resumed run needs to write the same rows as an unbroken one.
+    see `profile.parse`. callback(step, state, {name: mean over the step's images}): after every dispatch, before anything is
+    saved. Returns the final state and the rows of metrics.jsonl: {"step", "epoch", "seconds", "train_loss", ...,
+    "images_per_second"}, and what `evaluate` returned where it ran. Raises UserError when the loss is not finite, and Preempted
+    once it has saved what a resumed run needs to write the same rows as an unbroken one.
     """
     ends = [s.end for s in segments]
-    checkpoints = Checkpoints(directory / "checkpoints", keep=[*keep, ends[-1]])
+    checkpoints = Checkpoints(directory and directory / "checkpoints", keep=[*keep, ends[-1]])
     # A checkpoint replaces the state given, which then only lends its shapes and placement.
     restored = checkpoints.restore(state)
     state = state if restored is None else restored
@@ -96,7 +102,7 @@ def run(
         writer.write_texts(0, texts)
     progress = Progress(label, ends[-1], begin)
     running, clock = Running(), _Clock(begin)
-    trace = profile.trace(profiled, label, directory / "profile")
+    trace = profile.trace(profiled if directory else "", label, (directory or Path()) / "profile")
     if note:
         running.load(note["window"])
         clock.load(begin, note["clock"])
@@ -116,12 +122,12 @@ def run(
         if not due(at):
             return progress.update(at)
         held = unwritten(at, True) if evaluating else None
-        means = running.flush()
-        if not math.isfinite(means["train_loss"]):
+        found = running.flush()
+        if not math.isfinite(found["train_loss"]):
             raise UserError(
-                f"{label}: the loss is {means['train_loss']} at step {at}; lower schedule.peak or set optimizer.clip_norm"
+                f"{label}: the loss is {found['train_loss']} at step {at}; lower schedule.peak or set optimizer.clip_norm"
             )
-        row = {"epoch": at * batch_size / images, **means, "images_per_second": clock.rate(at, batch_size)}
+        row = {"epoch": at * batch_size / images, **found, "images_per_second": clock.rate(at, batch_size)}
         if evaluating:
             try:
                 row |= evaluate(state)
@@ -130,8 +136,12 @@ def run(
                 raise
         row["seconds"] = clock.lap(at)
         writer.write_scalars(at, row)
-        note = f"loss {means['train_loss']:.3f}"
+        note = f"loss {found['train_loss']:.3f}"
         progress.update(at, note + "".join(f", {k} {v:.2f}" for k, v in row.items() if k.startswith("top1")))
+
+    def told(at: int, state: State, metrics) -> None:
+        if callback:
+            callback(at, state, means(metrics))
 
     def save(at: int, state: State, metrics) -> None:
         if at % cadence.save == 0 or at in ends:
@@ -152,7 +162,7 @@ def run(
             if begin < segment.end:
                 if int(state.step) == start:
                     state = segment.enter(state)
-                state = fit(state, segment.step, pipeline, segment.end, (trace, record, save, stop),
+                state = fit(state, segment.step, pipeline, segment.end, (trace, record, told, save, stop),
                             lambda at: due(at) or trace.due(at))  # fmt: skip
             start = segment.end
     except jax.errors.JaxRuntimeError as e:

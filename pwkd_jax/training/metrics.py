@@ -64,6 +64,11 @@ def mean(each: Iterable[Metrics]) -> dict[str, float]:
     return running.flush()
 
 
+def means(metrics: Metrics) -> dict[str, jax.Array]:
+    """{name: mean} of one step or of several along a leading axis, on the device: the host does not wait for it."""
+    return {name: jnp.sum(a.total) / jnp.sum(a.count) for name, a in metrics.items()}
+
+
 def top1(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """100 where the largest logit is the label's, else 0: [B, classes], [B] -> [B], so that means are in percent."""
     return 100.0 * (jnp.argmax(logits, axis=-1) == labels)

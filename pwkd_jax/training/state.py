@@ -1,12 +1,14 @@
 """The training state, its optimiser, and the update that teacher and student share."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+
+from pwkd_jax.errors import UserError
 
 
 class State(flax.struct.PyTreeNode):
@@ -50,14 +52,43 @@ def optimizer(
     return optax.chain(*clip, *decayed, *([optax.trace(momentum, nesterov)] if momentum else []))
 
 
-def apply_gradients(
-    state: State, grads: Any, collections: Any, tx: optax.GradientTransformation, schedule: Callable
-) -> tuple[State, jax.Array]:
-    """One optimiser step at schedule(state.step): the learning rate has no counter of its own that could drift.
+class Rule(NamedTuple):
+    """How parameters are updated. direction: gradients to a direction, see `optimizer`. schedule: the learning rate by global
+    step, by which the direction is multiplied and subtracted; None where `direction` is an optax optimiser as they come, whose
+    updates have their learning rate in them and are added."""
 
-    Returns the new state and the learning rate that was used.
+    direction: optax.GradientTransformation
+    schedule: Callable | None
+
+
+def rule(
+    given: "optax.GradientTransformation | Rule | None", learning_rate: float | Callable | None, schedule: Callable
+) -> Rule:
+    """The update rule that a user means: by default SGD as the CIFAR recipes have it, at `schedule(learning_rate)`.
+
+    given: an optax chain with its own learning rate, or a `Rule`. learning_rate: the highest of every cycle, or a schedule on
+    the global step. Raises UserError where both are given.
+    """
+    if given is not None:
+        if learning_rate is not None:
+            raise UserError("learning_rate: your own optimizer has its learning rate in it; leave one of the two away")
+        return given if isinstance(given, Rule) else Rule(given, None)
+    rate = 0.05 if learning_rate is None else learning_rate
+    sgd = optimizer("sgd", momentum=0.9, nesterov=False, weight_decay=5e-4, decay="all", clip_norm=0.0)
+    return Rule(sgd, rate if callable(rate) else schedule(rate))
+
+
+def apply_gradients(
+    state: State, grads: Any, collections: Any, tx: optax.GradientTransformation, schedule: Callable | None
+) -> tuple[State, dict[str, jax.Array]]:
+    """One optimiser step at schedule(state.step), see `Rule`: the learning rate has no counter of its own that could drift.
+
+    Returns the new state and {"learning_rate": the one that was used}, {} where the optimiser keeps it to itself.
     """
     direction, opt_state = tx.update(grads, state.opt_state, state.params)
-    rate = schedule(state.step)
-    params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
-    return state.replace(step=state.step + 1, params=params, collections=collections, opt_state=opt_state), rate
+    if schedule is None:
+        params, used = optax.apply_updates(state.params, direction), {}
+    else:
+        rate = schedule(state.step)
+        params, used = jax.tree.map(lambda p, d: p - rate * d, state.params, direction), {"learning_rate": rate}
+    return state.replace(step=state.step + 1, params=params, collections=collections, opt_state=opt_state), used

@@ -52,13 +52,15 @@ def make_step(
     same_crop: bool = True,
     data_seed: int | None = None,
     several: Several | None = None,
+    own: Callable | None = None,
 ) -> Callable:
     """step(state, batch, teacher) -> (state, metrics) for the stages that `widths` teach; no widths is no teacher.
 
     teacher: {width: frozen variables of the narrow model}, read in evaluation mode and never written. Several widths:
     one is drawn at each step. One program serves every stage with the same widths: what differs between them (learning
     rate, steps seen in the stage) comes from the state's step. images: in one epoch. data_seed: of augmentation and drawn
-    widths, in place of the state's own. several: the state is that of several students, see `together`.
+    widths, in place of the state's own. several: the state is that of several students, see `together`. own(outputs, labels) ->
+    {name: per-image values [B]}: metrics besides ours.
     """
     locate = place(plan)
 
@@ -67,8 +69,8 @@ def make_step(
         inputs = preprocess(rng(common, 0), batch["image"])
         teacher_images = inputs if same_crop else preprocess(rng(common, 2), batch["image"])
         batch = batch | {"image": inputs}
-        stage, seen = locate(state.step)
-        progress = Progress(stage, seen, seen * (len(batch["label"]) / images))
+        stage, at = locate(state.step)
+        progress = Progress(stage, at, at * (len(batch["label"]) / images))
 
         def taught_by(width: float | None):
             taught = None
@@ -78,22 +80,22 @@ def make_step(
             def loss_fn(params, state: State):
                 variables = {"params": params["student"], "batch_stats": state.collections["batch_stats"]}
                 out, stats = models.apply(model, variables, inputs, train=True)
-                top1 = metrics.top1(out.logits, batch["label"])
+                seen = {"train_top1": metrics.top1(out.logits, batch["label"])} | (own(out, batch["label"]) if own else {})
                 if width is None:
                     loss = jnp.mean(slimmable.cross_entropy(out.logits, batch["label"]))
-                    return loss, ({**state.collections, "batch_stats": stats}, {"train_top1": top1, "cross_entropy": loss})
+                    return loss, ({**state.collections, "batch_stats": stats}, {**seen, "cross_entropy": loss})
                 loss, kept, values = distillation(
                     params["distiller"], state.collections["distiller"], width, out, taught, batch, progress, rng(state, 3)
                 )
-                return loss, ({"batch_stats": stats, "distiller": kept}, {"train_top1": top1, **values})
+                return loss, ({"batch_stats": stats, "distiller": kept}, {**seen, **values})
 
             def learn(state: State):
                 (loss, (collections, values)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state)
                 before = state.params
-                state, rate = apply_gradients(state, grads, collections, tx, schedule)
+                state, used = apply_gradients(state, grads, collections, tx, schedule)
                 if distillation is not None:
                     state = state.replace(params=_hold(before, state.params, grads))
-                return state, {"train_loss": loss, "learning_rate": rate, **values}
+                return state, {"train_loss": loss, **used, **values}
 
             return (several.each(learn) if several else learn)(state)
 

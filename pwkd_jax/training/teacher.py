@@ -1,19 +1,29 @@
-"""The teacher: one sandwich-rule step over all its widths, and what is left of it when training ends."""
+"""The teacher: one sandwich-rule step over all its widths, its training, and what is left of it when that ends."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
 import optax
+from clu import parameter_overview
 
-from pwkd_jax import data, slimmable
+from pwkd_jax import data, models, slimmable, weights
+from pwkd_jax.errors import UserError
+from pwkd_jax.models import compute
 from pwkd_jax.slimmable import Slimmable
-from pwkd_jax.training import local, metrics, sharding
+from pwkd_jax.training import dispatch, distributed, local, loop, metrics, schedules, sharding
+from pwkd_jax.training import state as states
+from pwkd_jax.training.sharding import place
 from pwkd_jax.training.state import State, apply_gradients, rng
+from pwkd_jax.training.task import Task
+from pwkd_jax.weights import Network
 
 
 def make_step(
-    net: Slimmable, tx: optax.GradientTransformation, schedule, preprocess, mesh: jax.sharding.Mesh | None = None, **sandwich
+    net: Slimmable, tx: optax.GradientTransformation, schedule: Callable | None, preprocess: Callable,
+    mesh: jax.sharding.Mesh | None = None, **sandwich
 ) -> Callable:
     """step(state, batch) -> (state, metrics): one optimiser update from the gradients of all sub-networks together.
 
@@ -31,8 +41,8 @@ def make_step(
         (loss, (statistics, values)), grads = gradient(
             state.params, state.collections, rng(state, 1), images, batch["label"]
         )
-        state, rate = apply_gradients(state, grads, statistics, tx, schedule)
-        return state, metrics.collect({"train_loss": loss, "learning_rate": rate, **values})
+        state, used = apply_gradients(state, grads, statistics, tx, schedule)
+        return state, metrics.collect({"train_loss": loss, **used, **values})
 
     return step
 
@@ -70,3 +80,143 @@ def make_calibration(net: Slimmable, split: data.Split, preprocess, mesh, *, ima
         return result
 
     return calibrate
+
+
+def programs(
+    net: Slimmable, task: Task, rule: states.Rule, *, sharding_how: str = "replicated", start: dict | None = None, **sandwich
+) -> tuple[Callable, Callable]:
+    """(creator of the first state from (seed, variables to start from or None), compiled step(state, batch)).
+
+    sharding_how: of parameters and optimiser state, see `sharding.shardings`. start: variables like those to come.
+    """
+    mesh = task.mesh if sharding_how == "replicated" else None
+    step = make_step(net, *rule, task.preprocess, mesh, **sandwich)
+
+    def make(seed, given):
+        first = net.spread(given) if given else net.init(jax.random.key(seed), task.image_shape)
+        return states.create(seed, *first, rule.direction)
+
+    create = sharding.creator(task.mesh, make, sharding_how, 0, start)
+    return create, sharding.jit_step(task.mesh, dispatch.many(step, task.image_shape), create.layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen slimmable teacher. variables: {width: those of the standalone narrow model}. cards: {width: its card, see
+    `weights`}. rows: what was logged while it trained, [] of one that was loaded."""
+
+    net: Slimmable
+    variables: dict[float, dict]
+    cards: dict[float, dict]
+    rows: list[dict] = dataclasses.field(default_factory=list)
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Of its sub-networks, narrow to wide."""
+        return tuple(sorted(self.variables))
+
+    def at(self, width: float | None = None) -> Network:
+        """Its sub-network at `width`, the widest by default: an ordinary network. Raises UserError for a width it has not."""
+        width = max(self.variables) if width is None else width
+        if width not in self.variables:
+            raise UserError(f"width: this teacher has {', '.join(f'{w:g}' for w in self.widths)}, not {width:g}")
+        return Network(self.net.members[width], self.variables[width], self.cards[width])
+
+    def save(self, directory: str | Path) -> None:
+        """Write width_W.safetensors for every width, and their cards. Raises OSError."""
+        fetched = {w: distributed.fetch(v) for w, v in self.variables.items()}
+        if distributed.primary():
+            found = {w: Network(self.net.members[w], v, self.cards[w]) for w, v in fetched.items()}
+            weights.write_widths(Path(directory), found)
+
+
+def load_teacher(directory: str | Path, net: Slimmable) -> Teacher:
+    """The teacher that `Teacher.save`, or a training command, left in `directory`, for the network that it was trained as.
+
+    Raises UserError where a file is missing or does not fit."""
+    likes = {w: net.likes[w] for w in net.table}
+    found = weights.read_widths(Path(directory), likes, lambda path, w: weights.read(path, network=net.members[w]))
+    return Teacher(net, {w: v for w, (v, _) in found.items()}, {w: card for w, (_, card) in found.items()})
+
+
+def as_teacher(given: "Teacher | Network") -> Teacher:
+    """Any trained network as a teacher of one width, 1."""
+    if isinstance(given, Teacher):
+        return given
+    variables = {"params": given.variables["params"], "batch_stats": given.variables.get("batch_stats", {})}
+    shape = tuple(given.card["image_shape"])
+    net = Slimmable({1.0: given.model}, {1.0: models.abstract(given.model, shape)}, (1.0,), "switchable", False)
+    return Teacher(net, {1.0: variables}, {1.0: given.card})
+
+
+def train_teacher(
+    net: Slimmable,
+    task: Task,
+    *,
+    duration: str | int = "60 epochs",
+    batch_size: int = 64,
+    optimizer: optax.GradientTransformation | states.Rule | None = None,
+    learning_rate: float | Callable[[jax.Array], jax.Array] | None = None,
+    loss: str = "hard",
+    sampling: str = "all",
+    subnetworks: int = 4,
+    reduction: str = "sum",
+    calibration: Mapping[str, int] | None = None,
+    seed: int = 0,
+    start: dict | None = None,
+    metrics: Callable[[models.Outputs, jax.Array], dict[str, jax.Array]] | None = None,
+    callback: Callable[[int, State, dict[str, jax.Array]], None] | None = None,
+    directory: str | Path | None = None,
+    label: str = "teacher",
+    cadence: loop.Cadence | None = None,
+    sharding: str = "replicated",
+    frozen_sharding: str = "replicated",
+    profiled: str = "",
+    cards: Callable[[float, list[dict]], dict] | None = None,
+    compiled: tuple[Callable, Callable] | None = None,
+) -> Teacher:
+    """Train all widths of `net` together by the sandwich rule and freeze them.
+
+    duration: '60 epochs', '5000 steps', '1e6 examples', or a number of steps. optimizer: an optax chain with its learning rate
+    in it; by default SGD (momentum 0.9, weight decay 5e-4) at `learning_rate`: the peak of one cosine, 0.05 by default, or a
+    schedule on the global step. loss, sampling, subnetworks, reduction: see `slimmable.sandwich_loss`. calibration: {"images",
+    "batch_size", "seed"} measures batch-norm statistics anew, see `make_calibration`. start: variables of the widest network.
+    metrics(outputs, labels) -> {name: per-image values [B]}, logged for every width. callback(step, state, {name: mean}): after
+    every step. directory: where checkpoints and metrics go, and where a stopped run goes on; nothing is kept without one.
+    label: '' prints nothing. sharding, frozen_sharding: replicated or fsdp, of the state and of what is frozen. cards(width,
+    rows) -> the card of a sub-network, see `weights`. compiled: of `programs`, to use again. Raises UserError where something
+    does not fit or the loss is not finite.
+    """
+    images, size = len(task.train), getattr(task.train, "batch_size", batch_size)
+    total = duration if isinstance(duration, int) else schedules.steps(duration, "duration", batch_size=size, images=images)
+    rule = states.rule(optimizer, learning_rate, lambda peak: schedules.learning_rate([(0, total)], form="cosine", peak=peak))
+    sandwich = {"loss": loss, "sampling": sampling, "subnetworks": subnetworks, "reduction": reduction, "own": metrics}
+    create, step = compiled or programs(net, task, rule, sharding_how=sharding, start=start, **sandwich)
+    calibrate = calibration and calibration.get("images") and make_calibration(
+        net, task.train, task.preprocess, task.mesh, **calibration
+    )  # fmt: skip
+
+    def frozen(state: State) -> dict[float, dict]:
+        found = freeze(net, state.params, state.collections)
+        return place(task.mesh, calibrate(found) if calibrate else found, frozen_sharding)
+
+    def evaluate(state: State) -> dict[str, float]:
+        if task.evaluator is None:
+            return {}
+        scores = {w: task.evaluator(net.members[w], v)["top1"] for w, v in frozen(state).items()}
+        return {f"top1_{slimmable.width_key(w)}": score for w, score in scores.items()}
+
+    directory = directory and Path(directory)
+    state = create(seed, start)
+    widest = net.extract(state.params, state.collections, net.widest)["params"]
+    overview = parameter_overview.get_parameter_overview(widest)
+    if directory:
+        distributed.write(directory / "parameters.txt", overview + "\n")
+    state, rows = loop.run(
+        directory, label, state, [loop.Segment(total, step, lambda s: s)], task.batches(size, seed), evaluate,
+        cadence or loop.usual(total, -(-images // size)), images=images, batch_size=size, texts={"parameters": overview},
+        profiled=profiled, callback=callback,
+    )  # fmt: skip
+    variables = frozen(state)
+    make = cards or (lambda w, rows: task.card(compute.plain(net.members[w]), {"steps": total}))
+    return Teacher(net, variables, {w: make(w, rows) for w in variables}, rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 import tqdm
 from tensorboardX import SummaryWriter
 
-from pwkd_jax.files import replace
+from pwkd_jax.storage import replace
 from pwkd_jax.training import distributed
 
 
@@ -19,14 +19,17 @@ class Writer:
 
     One JSON object a line: {"step": n, name: number, ...}. Opened at step n of a resumed run, it first drops what a
     killed run had written after n, so a resumed file reads like an unbroken one. Of several processes the first one
-    writes; the others hold the same rows.
+    writes; the others hold the same rows, and so does this one without a directory.
     """
 
-    def __init__(self, directory: Path, start: int = 0, tensorboard: bool = True):
+    def __init__(self, directory: Path | None, start: int = 0, tensorboard: bool = True):
+        self.rows: list[dict] = []
+        self._file = self._events = None
+        if directory is None:
+            return
         self._path = directory / "metrics.jsonl"
         rows = distributed.decide(lambda: read_rows(self._path))
         self.rows = [row for row in rows if row["step"] <= start]
-        self._file = self._events = None
         if not distributed.primary():
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -75,13 +78,14 @@ def read_rows(path: Path) -> list[dict]:
 
 
 class Progress:
-    """A bar with the time left on a terminal; in a log, a plain line at most every `seconds` and one at the end."""
+    """A bar with the time left on a terminal; in a log, a plain line at most every `seconds` and one at the end; nothing
+    without a name."""
 
     def __init__(self, name: str, total: int, start: int, seconds: float = 10.0):
         self._name, self._total, self._seconds = name, total, seconds
         self._began = self._told = time.monotonic()
         self._start, self._timed, self._note = start, False, ""
-        bar = sys.stderr.isatty() and distributed.primary()
+        bar = name and sys.stderr.isatty() and distributed.primary()
         self._bar = tqdm.tqdm(total=total, initial=start, desc=name, unit="step", leave=False) if bar else None
 
     def update(self, step: int, note: str = "") -> None:
@@ -93,7 +97,7 @@ class Progress:
             self._bar.update(step - self._bar.n)
             if note:
                 self._bar.set_postfix_str(note)
-        elif self._start < step < self._total and now - self._told >= self._seconds:
+        elif self._name and self._start < step < self._total and now - self._told >= self._seconds:
             self._told = now
             left = (now - self._began) / (step - self._start) * (self._total - step)
             print(f"{self._name}: step {step}/{self._total}, about {left:.0f} s left  {self._note}", flush=True)
@@ -101,4 +105,5 @@ class Progress:
     def close(self, note: str) -> None:
         if self._bar is not None:
             self._bar.close()
-        print(f"{self._name}: {note}", flush=True)
+        if self._name:
+            print(f"{self._name}: {note}", flush=True)

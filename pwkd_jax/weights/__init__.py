@@ -10,8 +10,9 @@ A card says how to build the model and what it expects: {"model", "width", "divi
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,22 +22,36 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pwkd_jax import models
+from pwkd_jax import data, models
 from pwkd_jax.errors import UserError
-from pwkd_jax.files import replace
 from pwkd_jax.models import costs
+from pwkd_jax.storage import replace
+
+
+class Network(NamedTuple):
+    """A trained network: a model that `models.apply` runs, its variables, and its card."""
+
+    model: Any
+    variables: dict
+    card: dict
+
+    def logits(self, images: jax.Array, variables: dict | None = None) -> jax.Array:
+        """Logits [B, classes] of uint8 images [B, H, W, C], or of float ones in [0, 1]. variables: in place of its own."""
+        images = data.normalise(images, self.card["mean"], self.card["std"])
+        return models.apply(self.model, self.variables if variables is None else variables, images, train=False)[0].logits
 
 
 def card(
     name: str, width: float, divisor: int, num_classes: int, image_shape: Sequence[int], mean: Sequence[float],
-    std: Sequence[float], source: dict,
+    std: Sequence[float], source: dict, network: nn.Module | None = None,
 ) -> dict:  # fmt: skip
-    """The card of the model `name`; its costs are counted here. Raises UserError for what cannot be built."""
+    """The card of the model `name`; its costs are counted here. network: that model, where a name alone does not build it.
+    Raises UserError for what cannot be built."""
     result = {
         "model": name, "width": width, "divisor": divisor, "num_classes": num_classes, "image_shape": list(image_shape),
         "mean": list(mean), "std": list(std),
     }  # fmt: skip
-    model = build(result)
+    model = network if network is not None else build(result)
     return result | {
         "parameters": costs.parameters(model, tuple(image_shape)),
         "macs": costs.macs(model, tuple(image_shape)),
@@ -59,11 +74,18 @@ def write(path: Path, variables: dict, card: dict) -> None:
     replace(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
 
 
-def read(path: Path, model: str = "") -> tuple[dict, dict]:
+def save(network: Any, path: str | Path) -> None:
+    """Write a `Network`, or what has one (a `Student`), as FILE.safetensors with its card. Raises UserError, OSError."""
+    if hasattr(network, "save"):
+        return network.save(path)
+    write(Path(path), network.variables, network.card)
+
+
+def read(path: Path, model: str = "", network: nn.Module | None = None) -> tuple[dict, dict]:
     """(variables, card) of a file that `write` made, compared with the model before anything is returned.
 
-    model: the `module:Name` that it may import, where it holds a model of someone's own. Raises UserError for a file that is
-    missing, torn, of another program, or that does not hold what its card says.
+    model: the `module:Name` that it may import, where it holds a model of someone's own; network: that model itself. Raises
+    UserError for a file that is missing, torn, of another program, or that does not hold what its card says.
     """
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: is no .safetensors file; make one of PyTorch weights with python -m pwkd_jax.convert")
@@ -75,10 +97,10 @@ def read(path: Path, model: str = "") -> tuple[dict, dict]:
                 f"{path}: holds a student that predicts through its teacher's classifier ({found['assisted']['distiller']}); "
                 "use its program (.stablehlo), or the run that it came from"
             )
-        if ":" in found["model"] and found["model"] != model:
+        if network is None and ":" in found["model"] and found["model"] != model:
             # A file may come from anywhere; it must not choose what is imported here.
             raise UserError(f"{path}: holds '{found['model']}', a model that is not built in; name it to allow its import")
-        abstract = models.abstract(build(found), tuple(found["image_shape"]))
+        abstract = models.abstract(build(found) if network is None else network, tuple(found["image_shape"]))
         if not len(found["mean"]) == len(found["std"]) == found["image_shape"][2] or "source" not in found:
             raise ValueError
     except (KeyError, TypeError, ValueError) as e:
@@ -88,6 +110,27 @@ def read(path: Path, model: str = "") -> tuple[dict, dict]:
     variables = unflatten_dict({tuple(key.split("/")): x for key, x in arrays.items()})
     refuse_misfits(str(path), found["model"], mismatches(variables, abstract))
     return variables, found
+
+
+def write_widths(directory: Path, networks: Mapping[float, Network]) -> None:
+    """Write `directory`/width_W.safetensors for {width: network}: a slimmable teacher's sub-networks. Raises OSError."""
+    for width, network in networks.items():
+        write(width_path(directory, width), network.variables, network.card)
+
+
+def read_widths(directory: Path, likes: Mapping[float, dict], read_one: Any) -> dict[float, tuple[dict, dict]]:
+    """{width: (variables, card)} of what `write_widths` wrote; likes: {width: anything with the variables' collections}.
+    read_one(path, width): see `read`. Raises UserError."""
+    found = {}
+    for width, like in likes.items():
+        variables, card = read_one(width_path(directory, width), width)
+        # A file has no place for a collection without arrays: a model without batch norm has one.
+        found[width] = {key: {} for key in like} | variables, card
+    return found
+
+
+def width_path(directory: Path, width: float) -> Path:
+    return directory / f"width_{width:g}.safetensors"
 
 
 def tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

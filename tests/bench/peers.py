@@ -49,18 +49,20 @@ class Ours:
         import jax
         import numpy as np
 
-        from pwkd_jax import cache, config, data, programs, setting
+        from pwkd_jax import config, data
+        from pwkd_jax.cost import compilation_cache
+        from pwkd_jax.experiment import definition, programs
         from pwkd_jax.models import compute, costs
         from pwkd_jax.training import sharding
 
-        cache.enable()
+        compilation_cache.enable()
         c = config.load([f"--config={ROOT}/configs/cifar100.py", f"--config.dtype={dtype}"])[0]
         c.teacher.batch_size = c.student.batch_size = batch
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (max(1024, batch), 32, 32, 3)).astype(np.uint8)
         split = data.Split(images, rng.integers(0, 100, len(images)).astype(np.int32))
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        s = setting.build(c, mesh, data.Dataset("drawn", split, split, 100))
+        s = definition.build(c, mesh, data.Dataset("drawn", split, split, 100))
         self.jax, self.batches, self.at = jax, s.batches(batch, 0), 0
         if slimmable:
             create, self.step = programs.teacher_step(s, "slimmable")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pwkd_jax import chips
+from pwkd_jax.cost import chips
 
 
 class Case(NamedTuple):

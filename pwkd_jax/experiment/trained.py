@@ -4,36 +4,25 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from pwkd_jax import data, models, setting, slimmable, stages, weights
+from pwkd_jax import slimmable, stages, weights
 from pwkd_jax.config import complete
 from pwkd_jax.errors import UserError
+from pwkd_jax.experiment import definition
 from pwkd_jax.training import student
+from pwkd_jax.weights import Network
 
 KINDS = "a run (WORKDIR/teacher/slimmable, WORKDIR/students/pwkd/seed0), a checkpoint in it, or a .safetensors file"
 
 
-class Trained(NamedTuple):
-    """A model that `models.apply` runs, its variables, its card (see `weights`), and its data as a config has them."""
-
-    model: Any
-    variables: dict
-    card: dict
-    data: dict
-
-    def logits(self, variables: dict, images: jax.Array) -> jax.Array:
-        """Logits [B, classes] of uint8 images [B, H, W, C]."""
-        images = data.normalise(images, self.card["mean"], self.card["std"])
-        return models.apply(self.model, variables, images, train=False)[0].logits
-
-
-def load(target: str, width: float | None = None, model: str = "", kinds: str = KINDS) -> Trained:
-    """The model that `target` names, at `width` where it is a slimmable teacher (default: its widest).
+def load(target: str, width: float | None = None, model: str = "", kinds: str = KINDS) -> tuple[Network, dict]:
+    """(the network that `target` names, its data as a config has them), at `width` of a slimmable teacher (default: its
+    widest).
 
     model: the `module:Name` that a file may import, where its model is one's own. kinds: what to offer for a target that is
     none. Raises UserError.
@@ -45,7 +34,7 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
         variables, card = weights.read(path, model)
         if width not in (None, card["width"]):
             raise UserError(f"--width: {target} holds width {card['width']:g} alone")
-        return Trained(weights.build(card), variables, card, known(card["source"]))
+        return Network(weights.build(card), variables, card), known(card["source"])
     if not path.exists():
         raise UserError(f"{target}: there is no such file or directory; give {kinds}")
     inside = path.parent.name == "checkpoints" and path.name.isdigit()
@@ -72,7 +61,19 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
         about.pop("model"), about.pop("width"), about.pop("divisor"), facts["num_classes"], facts["image_shape"],
         facts["mean"], facts["std"], source | about.pop("source"),
     )  # fmt: skip
-    return Trained(found, variables, card | about, split)
+    return Network(found, variables, card | about), split
+
+
+def open_network(target: str | Path, width: float | None = None, model: str | nn.Module = "") -> Network:
+    """The trained network that `target` names: a run of a workdir, a checkpoint in it, or a .safetensors file.
+
+    width: of a slimmable teacher, its widest by default. model: the Flax module of a file that holds your own, or its
+    `module:Name`. Raises UserError.
+    """
+    if isinstance(model, str):
+        return load(str(target), width, model)[0]
+    variables, card = weights.read(Path(target), network=model)
+    return Network(model, variables, card)
 
 
 def known(source: dict) -> dict:
@@ -82,7 +83,7 @@ def known(source: dict) -> dict:
 
 def _teacher(target: str, workdir: Path, run: Path, step: int | None, width: float | None, config, facts):
     c = config.teacher
-    net = setting.networks(config, facts)[0][run.name]
+    net = definition.networks(config, facts)[0][run.name]
     width = net.table[0] if width is None else width
     if width not in net.table:
         raise UserError(f"--width: {target} has the widths {', '.join(f'{w:g}' for w in sorted(net.table))}, not {width:g}")
@@ -109,14 +110,14 @@ def _student(target: str, workdir: Path, run: Path, step: int | None, width: flo
         raise UserError(f"{target}: has no checkpoint yet")
     step = steps[-1] if step is None else step
     state = _checkpoint(run, step)
-    nets, pupil = setting.networks(config, facts)
+    nets, pupil = definition.networks(config, facts)
     variables = {"params": state["params"]["student"], "batch_stats": state["collections"].get("batch_stats", {})}
     source = {"steps": step, "arm": run.parent.name, "seed": int(run.name.removeprefix("seed"))}
     about = {"model": c.model, "width": c.width, "divisor": 0, "source": source}
-    stage = next(s for s in setting.plan(config, facts, run.parent.name) if step <= s.end)
+    stage = next(s for s in definition.plan(config, facts, run.parent.name) if step <= s.end)
     if stage.widths:
         source["distiller"] = c.distiller.name
-        distillation = setting.fit_distiller(config, facts, nets[stage.teacher], pupil, stage.widths)
+        distillation = definition.fit_distiller(config, facts, nets[stage.teacher], pupil, stage.widths)
         if distillation.predicts:
             taught = max(stage.widths)
             file = workdir / "teacher" / stage.teacher / f"width_{slimmable.width_key(taught)}.safetensors"

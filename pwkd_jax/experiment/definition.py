@@ -7,20 +7,19 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from pwkd_jax import data, distillers, models, ordering, slimmable, stages, weights
+from pwkd_jax import data, distillers, models, slimmable, stages, weights
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import compute
-from pwkd_jax.training import dispatch, loop, sharding, student, together
+from pwkd_jax.models import compute, ordering
+from pwkd_jax.training import dispatch, loop, schedules, sharding, together
 from pwkd_jax.training import state as states
 from pwkd_jax.training.evaluation import Evaluator
+from pwkd_jax.training.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Experiment:
     """The data, networks and schedules of a config.
 
     facts: of the data, see `data_facts`. start: the variables given to start from, if any: {"slimmable" (channels in order),
@@ -28,93 +27,54 @@ class Setting:
     """
 
     config: ConfigDict
-    dataset: data.Dataset
+    task: Task
     facts: dict
-    mesh: jax.sharding.Mesh
-    evaluator: Evaluator
     teachers: dict[str, slimmable.Slimmable]
     student: nn.Module
     start: dict[str, dict]
+    dataset: data.Dataset
 
-    def normalise(self, images: jax.Array) -> jax.Array:
-        return data.normalise(images, self.facts["mean"], self.facts["std"])
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.task.mesh
 
-    def preprocess(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        c = self.config.data
-        # Streamed images were mirrored where they were cropped, on the host.
-        return self.normalise(data.augment(key, images, c.crop_padding, c.flip and not c.image_size))
-
-    @functools.cached_property
-    def stored(self) -> dict[str, jax.Array]:
-        """The training data on the devices, once for all runs."""
-        return dispatch.store(self.mesh, self.dataset.train)
+    @property
+    def evaluator(self) -> Evaluator:
+        return self.task.evaluator
 
     def batches(self, batch_size: int, seed: int) -> Callable:
-        c, train = self.config, self.dataset.train
-        pipeline = data.batches(train, batch_size, seed, jax.process_index(), jax.process_count())
-        if dispatch.on_device(c.data.on_device, train):
-            return dispatch.Resident(self.mesh, pipeline, self.stored, dispatch.most(c.steps_per_dispatch, True))
-        if not wants_labels(c):
-            return lambda step: sharding.put_batch(self.mesh, pipeline(step))
-        labels = jax.device_put(self.dataset.train.labels, sharding.replicated(self.mesh))
-        return lambda step: sharding.put_batch(self.mesh, pipeline(step)) | {"dataset_label": labels}
+        return self.task.batches(batch_size, seed)
 
     def cadence(self, total: int, batch_size: int) -> loop.Cadence:
         c, known = self.config, {"batch_size": batch_size, "images": len(self.dataset.train), "total": total}
-        every = (stages.steps(c[key].every, f"{key}.every", **known) for key in ("log", "evaluation", "checkpoint"))
+        every = (schedules.steps(c[key].every, f"{key}.every", **known) for key in ("log", "evaluation", "checkpoint"))
         return loop.Cadence(*every, c.log.tensorboard)
 
     def schedule(self, who: str, spans, form: str = "", peak_decay: float = 1.0):
         c = self.config[who]
-        warmup = stages.steps(
+        warmup = schedules.steps(
             c.schedule.warmup, f"{who}.schedule.warmup", batch_size=c.batch_size, zero=True,
             images=len(self.dataset.train), total=spans[-1][1],
         )  # fmt: skip
         shape = {key: c.schedule[key] for key in ("peak", "floor", "milestones", "factor")}
         form = form or c.schedule.form
-        return stages.learning_rate(spans, form=form, warmup=warmup, peak_decay=peak_decay, **shape)
+        return schedules.learning_rate(spans, form=form, warmup=warmup, peak_decay=peak_decay, **shape)
 
-    def optimizer(self, who: str):
-        return states.optimizer(**self.config[who].optimizer)
+    def rule(self, who: str, *schedule) -> states.Rule:
+        """The optimiser of `who` under its schedule; the arguments are those of `schedule`."""
+        return states.Rule(states.optimizer(**self.config[who].optimizer), self.schedule(who, *schedule))
 
     def place(self, tree, how: str = "replicated"):
-        return sharding.place(self.mesh, tree, how)
-
-    def teacher_state(self, name: str) -> Callable:
-        """create(seed, given variables or None) -> the first state of a teacher, made where `teacher.sharding` has it."""
-        net, shape, tx = self.teachers[name], self.dataset.image_shape, self.optimizer("teacher")
-
-        def make(seed, given):
-            first = net.spread(given) if given else net.init(jax.random.key(seed), shape)
-            return states.create(seed, *first, tx)
-
-        return sharding.creator(self.mesh, make, self.config.teacher.sharding, 0, self.start.get(name))
+        return self.task.place(tree, how)
 
     def several(self, count: int) -> together.Several | None:
         """How `count` students that are still to be trained train in one program; None for one by one."""
         c = self.config.student
         return together.several(c.together, count, list(self.mesh.devices.flat)) if c.batches == "shared" else None
 
-    def on(self, several: together.Several | None) -> "Setting":
-        """The setting where those students train: on a mesh of their own if they have one."""
-        return dataclasses.replace(self, mesh=several.mesh) if several and several.mesh else self
-
-    def student_state(
-        self, distillation: distillers.Distillation | None, several: together.Several | None = None
-    ) -> Callable:
-        """The same of a student, by `student.sharding`; or of several, by their seeds [students]."""
-
-        def make(seed, given):
-            return student.init(
-                self.student, self.dataset.image_shape, distillation, self.optimizer("student"), seed, given
-            )
-
-        how, given = self.config.student.sharding, self.start.get("student")
-        if not several:
-            return sharding.creator(self.mesh, make, how, 0, given)
-        seeds = np.zeros(several.count, np.uint32)
-        layout = several.layout if several.mesh else None
-        return sharding.creator(self.mesh, together.stacked(make), how, seeds, given, layout=layout)
+    def on(self, several: together.Several | None) -> "Experiment":
+        """The experiment where those students train: on a mesh of their own if they have one."""
+        return dataclasses.replace(self, task=self.task.on(several.mesh)) if several and several.mesh else self
 
     def plan(self, arm: str) -> list[stages.Stage]:
         return plan(self.config, self.facts, arm)
@@ -179,7 +139,7 @@ def stage_lengths(config: ConfigDict, facts: dict) -> list[int]:
     """Steps of each partial-to-whole stage. Raises UserError where there are too few for all."""
     c, images = config, facts["train_images"]
     count = len(c.student.widths or c.teacher.widths)
-    total = stages.steps(
+    total = schedules.steps(
         c.student.duration, "student.duration", batch_size=c.student.batch_size, images=images
     ) * (count if c.student.budget == "per_stage" else 1)
     stage_steps = stages.split(total, c.student.stage_shares or (1,) * count)
@@ -205,23 +165,13 @@ def fit_distiller(
     config: ConfigDict, facts: dict, net: slimmable.Slimmable, student: nn.Module, widths: Iterable[float]
 ) -> distillers.Distillation:
     """The distiller of a config fitted to the student and to those widths of a teacher, by abstract outputs."""
-    c, shape = config.student, tuple(facts["image_shape"])
+    c = config.student
     options = {k: v for k, v in c.distiller.items() if k != "name"}
-    batch = {
-        "image": jax.ShapeDtypeStruct((c.batch_size, *shape), jnp.float32),
-        "label": jax.ShapeDtypeStruct((c.batch_size,), jnp.int32),
-        "index": jax.ShapeDtypeStruct((c.batch_size,), jnp.int32),
-    }
-    if wants_labels(config):
-        batch["dataset_label"] = jax.ShapeDtypeStruct((facts["train_images"],), jnp.int32)
-
-    def outputs(model: nn.Module) -> models.Outputs:
-        variables = models.abstract(model, shape)
-        return jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, batch["image"])
-
-    teachers = {w: outputs(net.members[w]) for w in {*widths, net.widest}}
-    distiller = distillers.create(c.distiller.name, **options)
-    return distillers.build(distiller, outputs(student), teachers, batch, standardise=c.standardise_logits)
+    return distillers.fit(
+        distillers.create(c.distiller.name, **options), student, {w: net.members[w] for w in {*widths, net.widest}},
+        tuple(facts["image_shape"]), batch_size=c.batch_size, images=facts["train_images"] if wants_labels(config) else 0,
+        standardise=c.standardise_logits,
+    )  # fmt: skip
 
 
 def _given(config: ConfigDict, facts: dict, who: str, model: nn.Module) -> dict:
@@ -252,7 +202,7 @@ def streaming(config: ConfigDict) -> data.Streaming | None:
     return data.Streaming(**{key: config.data[key] for key in keys}) if config.data.image_size else None
 
 
-def prepare(config: ConfigDict) -> Setting:
+def prepare(config: ConfigDict) -> Experiment:
     """Read the data and check that everything fits, by shapes alone. Raises UserError; writes nothing."""
     mesh, d = sharding.make_mesh(config.mesh.model), config.data
     check_batches(config, mesh)
@@ -270,8 +220,8 @@ def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         sharding.check_batch(mesh, c.teacher.calibration.batch_size, "teacher.calibration.batch_size")
 
 
-def build(config: ConfigDict, mesh: jax.sharding.Mesh, dataset: data.Dataset) -> Setting:
-    """The setting of a config over `dataset`. Raises UserError where something does not fit."""
+def build(config: ConfigDict, mesh: jax.sharding.Mesh, dataset: data.Dataset) -> Experiment:
+    """The experiment of a config over `dataset`. Raises UserError where something does not fit."""
     c = config
     shape = dataset.image_shape
     mean, std = (c.data.mean, c.data.std) if c.data.mean else data.channel_statistics(dataset.train.images)
@@ -289,6 +239,14 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh, dataset: data.Dataset) ->
     stage_lengths(c, facts)
     normalise = functools.partial(data.normalise, mean=mean, std=std)
     evaluator = Evaluator(mesh, dataset.test, c.evaluation.batch_size, normalise)
-    setting = Setting(config, dataset, facts, mesh, evaluator, nets, pupil, start)
-    setting.several(c.seeds)
-    return setting
+    # Streamed images were mirrored where they were cropped, on the host.
+    augment = functools.partial(
+        data.augment, crop_padding=c.data.crop_padding, flip=c.data.flip and not c.data.image_size
+    )  # fmt: skip
+    task = Task(
+        dataset.train, dataset.test, dataset.num_classes, tuple(mean), tuple(std), augment, mesh, evaluator,
+        labels=wants_labels(c), on_device=c.data.on_device, steps_per_dispatch=c.steps_per_dispatch,
+    )  # fmt: skip
+    experiment = Experiment(config, task, facts, nets, pupil, start, dataset)
+    experiment.several(c.seeds)
+    return experiment

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import jax
 
+from pwkd_jax.cost.collectives import collectives
 from pwkd_jax.errors import UserError
-from pwkd_jax.files import replace
+from pwkd_jax.experiment.programs import Program
 from pwkd_jax.models import convolution
-from pwkd_jax.programs import Program
-from pwkd_jax.training.collectives import collectives
+from pwkd_jax.storage import replace
 
 KINDS = ("arguments", "outputs", "temporaries", "aliased", "code")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

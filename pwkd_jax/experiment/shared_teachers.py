@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from pwkd_jax.config import leaves
 from pwkd_jax.errors import UserError
-from pwkd_jax.files import replace
+from pwkd_jax.storage import replace
 
 # Neither changes a teacher: where the data lie, and where it came from itself.
 FREE = ("data.data_dir", "teacher.run")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pwkd_jax.files import replace
 from pwkd_jax.training import distributed, preemption
 
 
@@ -15,12 +14,6 @@ def result(directory: Path) -> dict | None:
     preemption.check()
     path = directory / "result.json"
     return distributed.decide(lambda: json.loads(path.read_text()) if path.exists() else None)
-
-
-def write(path: Path, content: str) -> None:
-    """By the first of several processes."""
-    if distributed.primary():
-        replace(path, content)
 
 
 def point(row: dict) -> dict:

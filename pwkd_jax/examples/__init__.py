@@ -1,0 +1,1 @@
+"""Scripts to read and to run, one a use of the library; the tests run them."""

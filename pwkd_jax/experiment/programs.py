@@ -1,0 +1,200 @@
+"""The compiled programs of an experiment: what training runs and pre-flight compiles for a pod, built in one place."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pwkd_jax import distillers, stages
+from pwkd_jax.experiment.definition import Experiment, wants_labels
+from pwkd_jax.models import compute
+from pwkd_jax.training import dispatch, distil, schedules, sharding, student, teacher, together
+
+
+def teacher_arguments(experiment: Experiment, name: str) -> dict:
+    """How the teacher `name`, slimmable or standard, is trained: keywords that `training.teacher.programs` takes."""
+    c = experiment.config.teacher
+    total = schedules.steps(c.duration, "teacher.duration", batch_size=c.batch_size, images=len(experiment.dataset.train))
+    # A standard teacher is the same network with one width; then there is nothing to sample or to distil in place.
+    sandwich = {"loss": c.loss, "sampling": c.sampling} if name == "slimmable" else {}
+    rule = experiment.rule("teacher", [(0, total)])
+    return {"rule": rule, "sharding_how": c.sharding, "start": experiment.start.get(name), "reduction": c.reduction,
+            "subnetworks": c.subnetworks, **sandwich}  # fmt: skip
+
+
+def teacher_step(experiment: Experiment, name: str) -> tuple[Callable, Callable]:
+    """(creator of the first state, compiled step(state, batch)) of the teacher `name`, slimmable or standard."""
+    return teacher.programs(experiment.teachers[name], experiment.task, **teacher_arguments(experiment, name))
+
+
+def student_steps(
+    experiment: Experiment, plan: Sequence[stages.Stage], distillation: distillers.Distillation | None,
+    several: together.Several | None = None,
+) -> tuple[Callable, dict[tuple[float, ...], Callable]]:  # fmt: skip
+    """(creator of the first state, {widths: compiled step(state, batch, teacher)}) of an arm, for all its seeds and stages.
+
+    several: of so many students at once.
+    """
+    c, net = experiment.config.student, experiment.teachers.get(plan[0].teacher)
+    members = {w: compute.inference(m, c.teacher_dtype, c.teacher_folded) for w, m in net.members.items()} if net else {}
+    return distil.programs(
+        experiment.student, members, plan, distillation, experiment.on(several).task,
+        experiment.rule("student", *experiment.spans(plan)), same_crop=c.same_crop,
+        data_seed=experiment.config.seed if c.batches == "shared" else None, several=several, sharding_how=c.sharding,
+        start=experiment.start.get("student"),
+    )  # fmt: skip
+
+
+class Program(NamedTuple):
+    """A compiled program and the shapes and places of its arguments. batch: images in its global batch, which the config's key
+    `batch_key` sets. runs: how often the whole experiment runs it."""
+
+    name: str
+    function: Callable
+    args: tuple
+    kwargs: dict
+    batch: int
+    batch_key: str
+    runs: int
+
+    def lower(self) -> jax.stages.Lowered:
+        return self.function.lower(*self.args, **self.kwargs)
+
+    @property
+    def argument_bytes(self) -> int:
+        """On one device, without the padding of its layouts."""
+        arrays = [x for x in jax.tree.leaves((self.args, self.kwargs)) if isinstance(x, jax.ShapeDtypeStruct)]
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+
+
+def programs(experiment: Experiment) -> list[Program]:
+    """Every training step and every evaluation of an experiment; those that only the constants of a schedule tell apart once.
+
+    Those, like the arms `kd_whole` and the last stage of `pwkd`, compute the same but for a few scalars.
+    """
+    c = experiment.config
+    plans = {arm: experiment.plan(arm) for arm in c.arms}
+    teaching = {t: {w for p in plans.values() for s in p if s.teacher == t for w in s.widths} for t in experiment.teachers}
+    found: list[Program] = []
+    for name, widths in teaching.items():
+        # An ordinary teacher whose weights were given is scored and not trained; no teacher is, where no arm has one.
+        if widths:
+            found += _teacher(experiment, name, trained=not (name == "standard" and c.teacher.weights))
+    pairs = {t: experiment.distillation(t, widths) for t, widths in teaching.items() if widths}
+    merged: dict[tuple, Program] = {}
+    for plan in plans.values():
+        for key, program in _student(experiment, plan, pairs.get(plan[0].teacher)):
+            known = merged.get(key)
+            merged[key] = known._replace(runs=known.runs + program.runs) if known else program
+    # Partial before whole, as training has it: no teacher, the widths narrow to wide, a drawn one, then the scores.
+    order = sorted(merged, key=lambda k: (k[0] == "evaluation", len(k[1]), k[1]))
+    return found + [merged[key] for key in order]
+
+
+def _teacher(experiment: Experiment, name: str, trained: bool) -> list[Program]:
+    c, net, images = experiment.config.teacher, experiment.teachers[name], len(experiment.dataset.train)
+    total = schedules.steps(c.duration, "teacher.duration", batch_size=c.batch_size, images=images)
+    create, step = teacher_step(experiment, name)
+    kind = "" if name == "slimmable" else f"{name} "
+    args = create.like, _batch(experiment, c.batch_size)
+    found = [Program(f"{kind}teacher step", step, args, {}, c.batch_size, "teacher.batch_size", total)] if trained else []
+    runs = _evaluations(experiment, [total], c.batch_size) if trained else _batches(experiment)
+    for width in sorted(net.table):
+        title = f"{kind}teacher {width:g} evaluation"
+        found.append(_evaluation(experiment, title, net.members[width], _frozen(experiment, name, width), runs))
+    return found
+
+
+def student_title(widths: tuple[float, ...], several: together.Several | None, teacher: str = "slimmable") -> str:
+    students = f"{several.count} students' step" if several else "student step"
+    if not widths:
+        return f"{students}, no teacher"
+    kind = "" if teacher == "slimmable" else f"{teacher} "
+    return f"{students}, {kind}teacher {'drawn' if len(widths) > 1 else format(widths[0], 'g')}"
+
+
+def _student(experiment: Experiment, plan: Sequence[stages.Stage], distillation) -> Iterator[tuple[tuple, Program]]:
+    """((kind, widths, widest), program) of an arm."""
+    c, name = experiment.config.student, plan[0].teacher
+    several = experiment.several(experiment.config.seeds)
+    create, steps = student_steps(experiment, plan, distillation, several)
+    like = jax.eval_shape(functools.partial(together.member, index=0), create.like) if several else create.like
+    widest = experiment.teachers[name].widest if name in experiment.teachers else 0.0
+    for widths, step in steps.items():
+        here = experiment.on(several)
+        args, frozen = (create.like, _batch(here, c.batch_size)), {w: _frozen(here, name, w) for w in widths}
+        runs = (1 if several else experiment.config.seeds) * sum(s.end - s.start for s in plan if s.widths == widths)
+        title = student_title(widths, several)
+        program = Program(title, step, args, {"teacher": frozen}, c.batch_size, "student.batch_size", runs)
+        yield ("step", widths, widest), program
+    if distillation is not None and distillation.predicts:  # the distiller has the last word on the logits, by width
+        for stage in plan:
+            width = max(stage.widths)
+            model = student.Assisted(experiment.student, experiment.teachers[name].members[width], distillation, width)
+            variables = model.variables(like, _frozen(experiment, name, width))
+            runs = experiment.config.seeds * _evaluations(experiment, [stage.end], c.batch_size, stage.start)
+            title = f"student eval., teacher {width:g}"
+            yield ("evaluation", (width,), widest), _evaluation(experiment, title, model, variables, runs)
+    else:
+        runs = experiment.config.seeds * _evaluations(experiment, [s.end for s in plan], c.batch_size)
+        variables = student.variables(like)
+        yield ("evaluation", (), 0.0), _evaluation(experiment, "student evaluation", experiment.student, variables, runs)
+
+
+def _evaluation(experiment: Experiment, title: str, model, variables, runs: int) -> Program:
+    size = experiment.evaluator.batch_size
+    args = model, variables, _batch(experiment, size, evaluation=True)
+    return Program(title, experiment.evaluator.score, args, {}, size, "evaluation.batch_size", runs)
+
+
+def _evaluations(experiment: Experiment, ends: Sequence[int], batch_size: int, start: int = 0) -> int:
+    """Batches scored by all evaluations of a run, or of its steps from `start`: at the cadence and at every end."""
+    every = experiment.cadence(ends[-1], batch_size).evaluate
+    return len({*range(every, ends[-1] + 1, every), *ends} - {*range(start + 1)}) * _batches(experiment)
+
+
+def _batches(experiment: Experiment) -> int:
+    return -(-len(experiment.dataset.test) // experiment.evaluator.batch_size)
+
+
+def _frozen(experiment: Experiment, name: str, width: float):
+    like, how = experiment.teachers[name].likes[width], experiment.config.student.teacher_sharding
+    like = {"params": like["params"], "batch_stats": like.get("batch_stats", {})}
+    return sharding.abstract(like, sharding.shardings(experiment.mesh, like, how))
+
+
+def _batch(experiment: Experiment, size: int, evaluation: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    rows, whole = NamedSharding(experiment.mesh, P("data")), sharding.replicated(experiment.mesh)
+    like = {
+        "image": jax.ShapeDtypeStruct((size, *experiment.dataset.image_shape), np.uint8, sharding=rows),
+        "label": jax.ShapeDtypeStruct((size,), np.int32, sharding=rows),
+        "index": jax.ShapeDtypeStruct((size,), np.int32, sharding=rows),
+    }
+    if evaluation:
+        return like | {"mask": jax.ShapeDtypeStruct((size,), np.float32, sharding=rows)}
+    if dispatch.on_device(experiment.config.data.on_device, experiment.dataset.train):
+        return _resident(experiment, size)
+    if not wants_labels(experiment.config):
+        return like
+    labels = len(experiment.dataset.train)
+    return like | {"dataset_label": jax.ShapeDtypeStruct((labels,), np.int32, sharding=whole)}
+
+
+def _resident(experiment: Experiment, size: int) -> dict:
+    """The batch of `dispatch.Resident` for one step: the data set on every device, and the indices of the rows."""
+    train, whole = experiment.dataset.train, sharding.replicated(experiment.mesh)
+    rows = NamedSharding(experiment.mesh, P(None, "data"))
+    stored = {
+        "image": jax.ShapeDtypeStruct((len(train), math.prod(experiment.dataset.image_shape)), np.uint8, sharding=whole),
+        "label": jax.ShapeDtypeStruct((len(train),), np.int32, sharding=whole),
+    }
+    return {
+        "stored": stored,
+        "count": jax.ShapeDtypeStruct((), np.int32, sharding=whole),
+        "rows": jax.ShapeDtypeStruct((1, size), np.int32, sharding=rows),
+    }

@@ -1,0 +1,121 @@
+"""Scores of whatever training, export or conversion left, on any data set, alone or beside a teacher."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import export as jax_export
+
+from pwkd_jax import data, weights
+from pwkd_jax.errors import UserError
+from pwkd_jax.experiment import trained
+from pwkd_jax.training.evaluation import predictor, score_predictions
+
+KINDS = f"{trained.KINDS}, or an exported .stablehlo program"
+
+
+class Scored(NamedTuple):
+    """log_probabilities(uint8 images) -> [B, classes], asynchronous; devices: how many share a batch."""
+
+    log_probabilities: Callable
+    title: str
+    image_shape: tuple[int, ...]
+    num_classes: int
+    data: dict
+    devices: int
+
+
+def evaluate(
+    target: str, width: float | None = None, teacher: str | None = None, teacher_width: float | None = None,
+    data: str | None = None, data_dir: str | None = None, split: str | None = None, batch_size: int = 256, model: str = "",
+    image_size: int | None = None, resize: int | None = None, workers: int = -1,
+) -> dict:  # fmt: skip
+    """{"target", "model", "data", "split", "images", "images_per_second", the keys of `scores.summary`, and with a teacher
+    "teacher": {"target", "model", its own scores}}. Raises UserError."""
+    if batch_size < 1:
+        raise UserError(f"--batch-size: {batch_size} is not possible; it should be at least 1")
+    if teacher_width is not None and teacher is None:
+        raise UserError("--teacher-width: needs --teacher")
+    own = _open(target, width, model)
+    taught = _open(teacher, teacher_width, model) if teacher else None
+    name, split = data or own.data["name"], split or (own.data["test_split"] if data is None else "test")
+    if not name:
+        raise UserError(f"--data: {target} does not say what it was trained on; name a data set")
+    folder = data_dir if data_dir is not None else (own.data["data_dir"] if data is None else "")
+    known = own.data if data is None else {}
+    images = _split(name, folder, split, own, target, image_size, resize, workers, known)
+    if taught and (taught.image_shape, taught.num_classes) != (own.image_shape, own.num_classes):
+        raise UserError(f"--teacher: {teacher} {_takes(taught)}, but {target} {_takes(own)}")
+    result = {"target": target, "model": own.title, "data": name, "split": split}
+    result |= score_predictions(
+        own.log_probabilities, images, teacher=taught and taught.log_probabilities, batch_size=batch_size,
+        devices=max(own.devices, taught.devices if taught else 1), names=(target, teacher or ""),
+    )  # fmt: skip
+    if taught:
+        result["teacher"] = {"target": teacher, "model": taught.title, **result["teacher"]}
+    return result
+
+
+def _split(
+    name: str, folder: str, split: str, own: Scored, target: str, size: int | None, resize: int | None, workers: int,
+    known: dict,
+) -> data.Split | data.Stream:  # fmt: skip
+    if size is None:
+        size = known.get("image_size")
+    if size is None:
+        size = own.image_shape[0] if data.many_sizes(name, folder) else 0
+    if size < 0 or workers < -1:
+        raise UserError("--image-size and --workers: take 0 or more, and --workers also -1 for one a core")
+    streaming = None
+    if size:
+        resize = resize or known.get("resize") or round(size * 8 / 7)
+        if resize < size:
+            raise UserError(f"--resize: {resize} pixels are fewer than the {size} that are cropped from them")
+        streaming = data.Streaming(size, resize=resize, workers=workers)
+    images, classes = data.load_split(name, folder, split, streaming=streaming)
+    if tuple(images.image_shape) != tuple(own.image_shape) or classes != own.num_classes:
+        size = "x".join(map(str, images.image_shape))
+        raise UserError(f"--data: '{name}' has {size} images in {classes} classes, but {target} {_takes(own)}")
+    return images
+
+
+def _takes(scored: Scored) -> str:
+    return f"takes {'x'.join(map(str, scored.image_shape))} images and knows {scored.num_classes} classes"
+
+
+def _open(target: str, width: float | None, model: str) -> Scored:
+    if Path(target).suffix == ".stablehlo":
+        for option, value in (("--width", width), ("--model", model)):
+            if value:
+                raise UserError(f"{option}: {target} is a program, of one model and width")
+        return _open_program(Path(target))
+    found, known = trained.load(target, width, model, KINDS)
+    card = found.card
+    title = f"{card['model']}" + (f" at width {card['width']:g}" if card["width"] != 1 else "")
+    title += f", {card['parameters']:,} parameters, {card['macs']:,} MACs an image"
+
+    log_probabilities, devices = predictor(found)
+    return Scored(log_probabilities, title, tuple(card["image_shape"]), card["num_classes"], known, devices)
+
+
+def _open_program(path: Path) -> Scored:
+    weights.refuse_missing(path)
+    try:
+        program = jax_export.deserialize(bytearray(path.read_bytes()))
+        (images,), (out,) = program.in_avals, program.out_avals
+    except Exception as e:  # flatbuffers and MLIR raise of everything
+        raise UserError(f"{path}: is not a whole exported program") from e
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if platform not in program.platforms:
+        raise UserError(f"{path}: was exported for {', '.join(program.platforms)}, and this is {platform}")
+    # Probabilities under float32's smallest count as that: a program has no logits to tell them apart.
+    run = jax.jit(lambda x: jnp.log(jnp.maximum(program.call(x), jnp.finfo(jnp.float32).tiny)))
+    card = path.with_suffix(".json")
+    try:
+        known = trained.known(json.loads(card.read_text())["source"] if card.exists() else {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{card}: is no card of this project; remove it and name a data set with --data") from e
+    return Scored(run, f"a program for {', '.join(program.platforms)}", images.shape[1:], out.shape[1], known, 1)

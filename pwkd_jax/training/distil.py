@@ -1,0 +1,221 @@
+"""Distillation: a student taught stage by stage, from its first weights to its last."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from clu import parameter_overview
+
+from pwkd_jax import distillers, models, stages, weights
+from pwkd_jax.distillers import Distillation
+from pwkd_jax.errors import UserError
+from pwkd_jax.models import compute
+from pwkd_jax.stages import Stage
+from pwkd_jax.training import dispatch, distributed, loop, schedules, sharding, together
+from pwkd_jax.training import state as states
+from pwkd_jax.training import student as students
+from pwkd_jax.training.state import State
+from pwkd_jax.training.task import Task
+from pwkd_jax.training.teacher import Teacher, as_teacher
+from pwkd_jax.weights import Network
+
+
+def fit(
+    student: nn.Module, teacher: "Teacher | Network", task: Task, distiller: str | nn.Module | Distillation = "kd", *,
+    batch_size: int = 64, standardise: bool = False,
+) -> Distillation:  # fmt: skip
+    """A distiller fitted to a student and every sub-network of a teacher, by shapes alone: its loss for a loop of your own.
+
+    distiller: a name (see `distillers`), a Flax module, or what was fitted before. standardise: whether it sees standardised
+    logits. Raises UserError where it cannot serve this pair.
+    """
+    if isinstance(distiller, Distillation):
+        return distiller
+    method = distillers.create(distiller) if isinstance(distiller, str) else distiller
+    net, size = as_teacher(teacher).net, getattr(task.train, "batch_size", batch_size)
+    return distillers.fit(
+        method, student, net.members, task.image_shape, batch_size=size, images=len(task.train) if task.labels else 0,
+        index="index" in getattr(task.train, "keys", ("index",)), standardise=standardise,
+    )  # fmt: skip
+
+
+def programs(
+    student: nn.Module,
+    members: dict[float, nn.Module],
+    plan: Sequence[Stage],
+    distillation: Distillation | None,
+    task: Task,
+    rule: states.Rule,
+    *,
+    same_crop: bool = True,
+    data_seed: int | None = None,
+    several: together.Several | None = None,
+    sharding_how: str = "replicated",
+    start: dict | None = None,
+    metrics: Callable | None = None,
+) -> tuple[Callable, dict[tuple[float, ...], Callable]]:
+    """(creator of the first state from (seed, variables to start from or None), {widths: compiled step(state, batch, teacher)})
+    for all seeds and stages of a plan. members: {width: model} of the teacher. The rest as `student.make_step` has it; several:
+    of so many students at once, by their seeds [students]."""
+
+    def make(seed, given):
+        return students.init(student, task.image_shape, distillation, rule.direction, seed, given)
+
+    if several:
+        layout = several.layout if several.mesh else None
+        seeds = np.zeros(several.count, np.uint32)
+        create = sharding.creator(task.mesh, together.stacked(make), sharding_how, seeds, start, layout=layout)
+    else:
+        create = sharding.creator(task.mesh, make, sharding_how, 0, start)
+    steps = {}
+    for widths in dict.fromkeys(stage.widths for stage in plan):
+        step = students.make_step(
+            student, members, widths, distillation, plan, *rule, task.preprocess, images=len(task.train), same_crop=same_crop,
+            data_seed=data_seed, several=several, own=metrics,
+        )  # fmt: skip
+        steps[widths] = sharding.jit_step(task.mesh, dispatch.many(step, task.image_shape), create.layout)
+    return create, steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """A trained student. model, variables: what predicts, its own network unless its distiller has the last word on its logits.
+    rows: what was logged. state: the last one, of several students stacked. snapshots: the states at stage ends that were
+    kept."""
+
+    model: Any
+    variables: dict
+    card: dict
+    rows: list[dict]
+    state: State
+    snapshots: list[State]
+
+    @property
+    def network(self) -> Network:
+        """What predicts, with the card that says how its images are normalised."""
+        return Network(self.model, self.variables, self.card)
+
+    def logits(self, images: jax.Array) -> jax.Array:
+        """Logits [B, classes] of uint8 images [B, H, W, C], or of float ones as it was trained on."""
+        return self.network.logits(images)
+
+    def save(self, path: str | Path) -> None:
+        """Write FILE.safetensors and its card. Raises UserError for a student that predicts through its teacher, and
+        OSError."""
+        if isinstance(self.model, students.Assisted):
+            raise UserError(f"{path}: this student predicts through its teacher's classifier, which weights alone do not hold")
+        variables = distributed.fetch(self.variables)
+        if distributed.primary():
+            weights.write(Path(path), variables, self.card)
+
+
+def judged(
+    student: nn.Module, distillation: Distillation | None, plan: Sequence[Stage], teacher: Teacher | None, state: State
+) -> tuple[Any, dict]:
+    """(model, variables) whose logits count: the student's, unless its distiller has the last word on them."""
+    if distillation is None or not distillation.predicts:
+        return student, students.variables(state)
+    width = max(next(s for s in plan if int(state.step) <= s.end).widths)
+    model = students.Assisted(student, teacher.net.members[width], distillation, width)
+    return model, model.variables(state, teacher.variables[width])
+
+
+def distil(
+    student: nn.Module,
+    teacher: Teacher | Network | None,
+    task: Task,
+    *,
+    distiller: str | nn.Module | Distillation = "kd",
+    arm: str = "pwkd",
+    duration: str | int = "60 epochs",
+    plan: Sequence[Stage] | None = None,
+    batch_size: int = 64,
+    optimizer: optax.GradientTransformation | states.Rule | None = None,
+    learning_rate: float | Callable[[jax.Array], jax.Array] | None = None,
+    seed: int | Sequence[int] = 0,
+    data_seed: int | None = None,
+    start: dict | None = None,
+    same_crop: bool = True,
+    reset: Sequence[str] = (),
+    connectors: str = "leading",
+    metrics: Callable[[models.Outputs, jax.Array], dict[str, jax.Array]] | None = None,
+    callback: Callable[[int, State, dict[str, jax.Array]], None] | None = None,
+    directory: str | Path | None = None,
+    label: str = "student",
+    cadence: loop.Cadence | None = None,
+    several: together.Several | None = None,
+    sharding: str = "replicated",
+    profiled: str = "",
+    compiled: tuple[Callable, dict] | None = None,
+) -> Student:
+    """Teach `student`, stage by stage as the plan says, with any distiller; without a teacher, by the labels alone.
+
+    teacher: of any number of widths, or any trained network. arm: which plan of `stages.plan` (partial to whole by default)
+    over `duration`, all stages equally long; plan: another one. optimizer: an optax chain with its learning rate in it; by
+    default SGD (momentum 0.9, weight decay 5e-4) at `learning_rate`: the peak of one cosine a stage, 0.05 by default, or a
+    schedule on the global step. data_seed: of the order and augmentation of images and of drawn widths, in place of `seed`.
+    start: variables to start from. same_crop: whether the teacher sees the student's augmented images. reset, connectors: see
+    `student.enter_stage`. metrics(outputs, labels) -> {name: per-image values [B]}, logged. callback(step, state, {name:
+    mean}): after every step. directory: where checkpoints and metrics go, and where a stopped run goes on; nothing is kept
+    without one. label: '' prints nothing. several: seeds together in one program, `seed` being theirs [students]; model and
+    variables are then the first one's. compiled: of `programs`, to use again. Raises UserError where something does not fit or
+    the loss is not finite.
+    """
+    teacher = None if teacher is None else as_teacher(teacher)
+    images, size = len(task.train), getattr(task.train, "batch_size", batch_size)
+    if plan is None:
+        steps = duration if isinstance(duration, int) else schedules.steps(duration, "duration", batch_size=size, images=images)
+        plan = stages.even("alone" if teacher is None else arm, teacher.widths if teacher else (), steps)
+    if teacher and (missing := {w for s in plan for w in s.widths} - {*teacher.variables}):
+        raise UserError(f"plan: a stage is taught at width {min(missing):g}, which the teacher does not have: {teacher.widths}")
+    distillation = fit(student, teacher, task, distiller, batch_size=size) if teacher else None
+    ends = [s.end for s in plan]
+    spans = stages.cycles(plan, True)
+    rule = states.rule(optimizer, learning_rate, lambda peak: schedules.learning_rate(spans, form="cosine", peak=peak))
+    create, stepping = compiled or programs(
+        student, teacher.net.members if teacher else {}, plan, distillation, task, rule, same_crop=same_crop,
+        data_seed=data_seed, several=several, sharding_how=sharding, start=start, metrics=metrics,
+    )  # fmt: skip
+    init = jax.vmap(rule.direction.init) if several else rule.direction.init
+    seed = np.asarray(seed, np.uint32) if several else seed
+
+    def fresh() -> State:
+        return create(seed, start)
+
+    def enter(state: State) -> State:
+        if not int(state.step):
+            return state
+        return jax.device_put(students.enter_stage(state, fresh, init, reset, connectors), create.layout)
+
+    def evaluate(state: State) -> dict[str, float]:
+        if not several:
+            return task.scores(*judged(student, distillation, plan, teacher, state))
+        members = [task.place(together.member(state, i)) for i in range(several.count)]
+        return together.names([task.scores(*judged(student, distillation, plan, teacher, m)) for m in members])
+
+    here = task.on(several.mesh) if several and several.mesh else task
+    frozen = here.place(teacher.variables) if teacher and here is not task else teacher.variables if teacher else {}
+    segments = [
+        loop.Segment(s.end, functools.partial(stepping[s.widths], teacher={w: frozen[w] for w in s.widths}), enter)
+        for s in plan
+    ]
+    state, directory = fresh(), directory and Path(directory)
+    overview = parameter_overview.get_parameter_overview(state.params)
+    if directory:
+        distributed.write(directory / "parameters.txt", overview + "\n")
+    order = data_seed if data_seed is not None else int(np.ravel(seed)[0])
+    state, rows = loop.run(
+        directory, label, state, segments, here.batches(size, order), evaluate,
+        cadence or loop.usual(ends[-1], -(-images // size)), images=images, batch_size=size, texts={"parameters": overview},
+        keep=ends, profiled=profiled, callback=callback,
+    )  # fmt: skip
+    kept = loop.snapshots(directory, state, ends) if directory and len(ends) > 1 else [state]
+    own = task.place(together.member(state, 0)) if several else state
+    model, variables = judged(student, distillation, plan, teacher, own)
+    return Student(model, variables, task.card(compute.plain(student), {"steps": ends[-1]}), rows, state, kept)

@@ -1,0 +1,134 @@
+"""What is to be learnt: images to train on and to be judged by, and what happens to them on the devices."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from pwkd_jax import data, models, weights
+from pwkd_jax.errors import UserError
+from pwkd_jax.training import dispatch, sharding
+from pwkd_jax.training.evaluation import Evaluator
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Made by `task`. train, test: splits, see `data.as_split`; test may be None. mean, std: per channel, of pixels in [0, 1].
+    augment(key, images) -> images of the same kind, in training alone. labels: whether batches carry the labels of the whole
+    training set, which is in RAM. on_device, steps_per_dispatch: the config's keys of these names.
+    """
+
+    train: Any
+    test: Any
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None
+    mesh: jax.sharding.Mesh
+    evaluator: Evaluator | None
+    labels: bool = True
+    on_device: str = "auto"
+    steps_per_dispatch: int = 0
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """[H, W, C]."""
+        return tuple(self.train.image_shape)
+
+    def normalise(self, images: jax.Array) -> jax.Array:
+        """uint8 or float images [B, H, W, C] as the networks take them, float32."""
+        return data.normalise(images, self.mean, self.std)
+
+    def preprocess(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """What a training step does to its images: `augment`, then `normalise`."""
+        return self.normalise(self.augment(key, images) if self.augment else images)
+
+    @functools.cached_property
+    def stored(self) -> dict[str, jax.Array]:
+        """The training data on the devices, once for all runs."""
+        return dispatch.store(self.mesh, self.train)
+
+    def batches(self, batch_size: int, seed: int) -> Callable:
+        """step -> the global batch of that step, on the devices: a pure function of seed and step."""
+        pipeline = data.batches(self.train, batch_size, seed, jax.process_index(), jax.process_count())
+        if dispatch.on_device(self.on_device, self.train):
+            return dispatch.Resident(self.mesh, pipeline, self.stored, dispatch.most(self.steps_per_dispatch, True))
+        if not self.labels:
+            return lambda step: sharding.put_batch(self.mesh, pipeline(step))
+        labels = jax.device_put(self.train.labels, sharding.replicated(self.mesh))
+        return lambda step: sharding.put_batch(self.mesh, pipeline(step)) | {"dataset_label": labels}
+
+    def on(self, mesh: jax.sharding.Mesh) -> "Task":
+        """The same trained on another mesh; its test images stay where they are scored."""
+        return dataclasses.replace(self, mesh=mesh)
+
+    def place(self, tree: Any, how: str = "replicated") -> Any:
+        """`tree` on the devices, see `sharding.shardings`."""
+        return sharding.place(self.mesh, tree, how)
+
+    def card(self, model: nn.Module, source: dict) -> dict:
+        """The card of a network trained on it, see `weights`."""
+        name, width, divisor = models.name_of(model), float(getattr(model, "width", 1.0)), getattr(model, "divisor", 0)
+        return weights.card(
+            name, width, divisor, self.num_classes, self.image_shape, self.mean, self.std, source, network=model
+        )
+
+    def scores(self, model: Any, variables: dict) -> dict[str, float]:
+        """{"top1": percent, "test_loss": mean cross entropy} on the test images; {} where there are none."""
+        if self.evaluator is None:
+            return {}
+        found = self.evaluator(model, variables)
+        return {"top1": found["top1"], "test_loss": found["loss"]}
+
+
+def task(
+    train: Any,
+    test: Any = None,
+    *,
+    num_classes: int = 0,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    evaluation_batch_size: int = 512,
+) -> Task:
+    """A `Task` of data as they come: (images, labels) arrays, any iterable of batches, or what `data.load` gives.
+
+    num_classes: the labels' largest plus one where it is 0. mean, std: per channel, of pixels in [0, 1]; where they are not
+    given, uint8 images in RAM are measured and float images stay as they are. augment(key, images): of training batches inside
+    the step, such as functools.partial(pwkd_jax.augment, crop_padding=4, flip=True). mesh: of devices, all of them by default.
+    Raises UserError for data that are not what they should be.
+    """
+    if isinstance(train, data.Dataset):
+        train, test, num_classes = train.train, train.test if test is None else test, num_classes or train.num_classes
+    train, test = data.as_split(train), None if test is None else data.as_split(test)
+    if test is not None and tuple(test.image_shape) != tuple(train.image_shape):
+        raise UserError(f"test images are {list(test.image_shape)}, and training images {list(train.image_shape)}")
+    in_memory = isinstance(train, data.Split)
+    if not num_classes:
+        if not in_memory:
+            raise UserError("num_classes: an iterable of batches does not tell how many classes there are; give num_classes")
+        num_classes = int(np.max(train.labels)) + 1
+    for split in (train, test):
+        if isinstance(split, data.Split) and len(split) and int(split.labels.max()) >= num_classes:
+            raise UserError(f"num_classes: a label is {int(split.labels.max())}, which {num_classes} classes do not have")
+    if not mean:
+        channels = train.image_shape[-1]
+        dtype = train.images.dtype if in_memory else getattr(train, "dtype", np.dtype(np.uint8))
+        if dtype != np.uint8:
+            mean, std = (0.0,) * channels, (1.0,) * channels
+        elif in_memory:
+            mean, std = data.channel_statistics(train.images)
+        else:
+            raise UserError("mean: uint8 images of an iterable cannot be measured; give mean and std, of pixels in [0, 1]")
+    if len(mean) != train.image_shape[-1] or len(std) != len(mean):
+        raise UserError(f"mean and std: should have {train.image_shape[-1]} numbers each, one a channel")
+    mesh = mesh or sharding.make_mesh()
+    evaluator = None
+    if test is not None:
+        evaluator = Evaluator(mesh, test, evaluation_batch_size, functools.partial(data.normalise, mean=mean, std=std))
+    return Task(train, test, num_classes, tuple(mean), tuple(std), augment, mesh, evaluator, labels=in_memory)
