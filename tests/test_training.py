@@ -430,3 +430,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
             loop.Cadence(2, 4, 4, False), images=10, batch_size=2, texts={},
         )  # fmt: skip
     assert json.loads((tmp_path / "metrics.jsonl").read_text() or "null") is None
+
+
+def test_names_that_orbax_would_write_to_one_place_are_refused(tmp_path):
+    """Orbax 0.12.8 keeps one of the two without a word; a dot alone is no harm."""
+    params = {"layer1.0": jnp.ones(2), "layer1": {"0": jnp.zeros(2)}}
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=r"both params/layer1/0 and params/layer1\.0"):
+        checkpoints.save(1, states.create(0, params, {}, optimizer()))
+    del params["layer1"]
+    checkpoints.save(1, state := states.create(0, params, {}, optimizer()))
+    checkpoints.close()
+    again = Checkpoints(tmp_path / "checkpoints")
+    assert identical(again.restore(state), state)
+    again.close()

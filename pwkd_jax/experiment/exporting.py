@@ -49,7 +49,12 @@ def export(target: str, out: Path, width: float | None, platforms: str, names: s
 
 
 def program(found: weights.Network, platforms: Sequence[str]) -> jax_export.Exported:
-    """uint8 images [batch, H, W, C] -> probabilities float32 [batch, classes], the weights inside, any batch size."""
+    """uint8 images [batch, H, W, C] -> probabilities float32 [batch, classes], the weights inside, any batch size.
+
+    Sizes that contain the batch are int32 in the program, so a model of yours that takes a mean over 2^31 elements or more, of
+    [batch, batch] say, is wrong there without an error (jax 0.10.2, findings/exported_mean_wraps.sh); divide by one axis at a
+    time.
+    """
     variables = jax.tree.map(np.asarray, found.variables)
 
     def probabilities(images: jax.Array) -> jax.Array:

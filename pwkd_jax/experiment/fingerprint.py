@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-import pwkd_jax
 from pwkd_jax.config import leaves
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -14,7 +13,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 def facts(config: ConfigDict, workdir: str) -> dict[str, str]:
     """{what: its value}, for `distributed.agree`: every key, the digest of every source file, and every version."""
-    root = Path(pwkd_jax.__file__).parent
+    root = Path(__file__).parents[1]
     files = sorted(p for p in root.rglob("*") if p.suffix in (".py", ".html"))
     return {
         **{f"config {key}": repr(value) for key, value in leaves(config)},

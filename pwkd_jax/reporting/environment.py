@@ -3,11 +3,10 @@
 import importlib.metadata
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
-
-import pwkd_jax
 
 
 def environment() -> dict:
@@ -23,7 +22,7 @@ def environment() -> dict:
             return None
 
     return {
-        "pwkd_jax": pwkd_jax.__version__,
+        "pwkd_jax": sys.modules[__name__.partition(".")[0]].__version__,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in names},
         "device": jax.devices()[0].device_kind,

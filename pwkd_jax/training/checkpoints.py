@@ -34,6 +34,7 @@ class Checkpoints:
         """Start saving in the background; waits only for a save still under way. note: JSON to keep beside the state."""
         if self._manager is None or step in self.steps:
             return
+        _refuse_shared_names(state)
         # Orbax has copied the arrays when this returns, so the next step may overwrite them.
         self._manager.save_checkpointables_async(step, {"state": state}, force=True, custom_metadata=note)
         self.steps.append(step)
@@ -61,6 +62,18 @@ class Checkpoints:
         """Wait for the last save to be complete on disk."""
         if self._manager is not None:
             self._manager.close()
+
+
+def _refuse_shared_names(tree) -> None:
+    """UserError for two arrays that Orbax would write to one place: it joins a path's parts by dots, so that "a.b" beside
+    {"a": {"b"}} loses one of them without a word (orbax-checkpoint 0.12.8, findings/orbax_dotted_keys.sh)."""
+    seen: dict[str, str] = {}
+    for path in _shapes(tree):
+        if (other := seen.setdefault(path.replace("/", "."), path)) != path:
+            raise UserError(
+                f"a checkpoint cannot hold both {other} and {path}, whose names are one when their parts are joined by dots; "
+                "rename one of these layers"
+            )
 
 
 def _shapes(tree) -> dict[str, tuple]:
