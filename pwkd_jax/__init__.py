@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pwkd_jax.distillers import Progress as Progress
     from pwkd_jax.distillers import create as create_distiller
     from pwkd_jax.errors import UserError as UserError
-    from pwkd_jax.experiment.trained import open_network as load
+    from pwkd_jax.experiment.loading import open_network as load
     from pwkd_jax.models import Outputs as Outputs
     from pwkd_jax.models import apply as apply_model
     from pwkd_jax.models import channels as channels

@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pwkd_jax.errors import UserError
-from pwkd_jax.experiment import trained
+from pwkd_jax.experiment import loading
 from pwkd_jax.experiment.exporting import export
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and gives its exit code."""
     parser = argparse.ArgumentParser(prog="python -m pwkd_jax.export", description=__doc__.partition("\n")[0])
-    parser.add_argument("target", help=trained.KINDS)
+    parser.add_argument("target", help=loading.KINDS)
     parser.add_argument("--out", type=Path, required=True, help="the directory to write")
     parser.add_argument("--width", type=float, help="of a slimmable teacher; its widest by default")
     parser.add_argument("--platforms", default="cpu,cuda,tpu", help="that the program should run on: cpu, cuda, rocm, tpu")

@@ -15,7 +15,7 @@ from scipy import ndimage
 from pwkd_jax import distillers, models, slimmable
 from pwkd_jax.distillers import crd, sokd
 from pwkd_jax.distillers.catkd import activation_maps, cat_loss
-from pwkd_jax.distillers.maps import gram, normalise
+from pwkd_jax.distillers.feature_maps import gram, normalise
 from pwkd_jax.distillers.mgd import drop_channels, mgd_loss
 from pwkd_jax.distillers.semckd import attention, semckd_loss
 from pwkd_jax.errors import UserError

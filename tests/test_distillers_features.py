@@ -14,10 +14,10 @@ from test_distillers import BATCH
 from pwkd_jax import distillers, models, slimmable
 from pwkd_jax.distillers.at import at_loss
 from pwkd_jax.distillers.cc import cc_loss
+from pwkd_jax.distillers.feature_maps import adaptive_pool, normalise
 from pwkd_jax.distillers.fitnet import hint_loss
 from pwkd_jax.distillers.fsp import fsp_loss
 from pwkd_jax.distillers.kdsvd import kdsvd_loss, leading, right_vectors
-from pwkd_jax.distillers.maps import adaptive_pool, normalise
 from pwkd_jax.distillers.nst import nst_loss
 from pwkd_jax.distillers.pkt import pkt_loss
 from pwkd_jax.distillers.regressors import ConvReg

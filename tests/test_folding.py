@@ -9,7 +9,7 @@ from test_commands import TINY, rows
 from test_slimmable import from_nnx
 
 from pwkd_jax import models, train
-from pwkd_jax.models import compute, folding
+from pwkd_jax.models import batch_norm_folding, precision
 
 SHAPE = (8, 8, 3)
 
@@ -51,7 +51,7 @@ def alike(a, b, tolerance: float) -> None:
 ], ids=["mixed", "resnet8", "wrn"])  # fmt: skip
 def test_every_output_stays(model):
     variables, images = drawn(model)
-    found = outputs(folding.Folded(model), variables, images)
+    found = outputs(batch_norm_folding.Folded(model), variables, images)
     alike(outputs(model, variables, images), found, 1e-5)
 
 
@@ -59,17 +59,17 @@ def test_it_folds_what_it_may_and_no_more():
     """Not the norm whose input is no convolution's output, nor the convolution that is read twice."""
     model = Mixed()
     variables, images = drawn(model)
-    convs = {conv[0]: norm[0] for conv, (norm, _) in folding.pairs(model, variables, images).items()}
+    convs = {conv[0]: norm[0] for conv, (norm, _) in batch_norm_folding.pairs(model, variables, images).items()}
     assert convs == {"Conv_0": "BatchNorm_0", "Conv_1": "BatchNorm_1"}
     whole = models.create("resnet8", width=0.25, num_classes=10)
-    assert len(folding.pairs(whole, *drawn(whole))) == 9
-    norms = jax.jit(lambda v, x: folding.Folded(whole).apply(v, x)).lower(*drawn(whole)).as_text().count("rsqrt")
+    assert len(batch_norm_folding.pairs(whole, *drawn(whole))) == 9
+    norms = jax.jit(lambda v, x: batch_norm_folding.Folded(whole).apply(v, x)).lower(*drawn(whole)).as_text().count("rsqrt")
     assert norms == 9  # one a norm, of its channels; none of a map
 
 
 def test_the_affine_map_in_float64():
     variables, _ = drawn(Mixed())
-    scale, shift = folding.affine(variables, ("Conv_0",), ("BatchNorm_0",), 1e-3)
+    scale, shift = batch_norm_folding.affine(variables, ("Conv_0",), ("BatchNorm_0",), 1e-3)
     p, s = variables["params"]["BatchNorm_0"], variables["batch_stats"]["BatchNorm_0"]
     x, own = np.float64(0.7), np.float64(variables["params"]["Conv_0"]["bias"])
     expected = (x + own - s["mean"]) / np.sqrt(np.float64(s["var"]) + 1e-3) * p["scale"] + p["bias"]
@@ -79,18 +79,18 @@ def test_the_affine_map_in_float64():
 def test_training_and_strangers_are_left_alone():
     model = Mixed()
     variables, images = drawn(model)
-    kept = [models.apply(m, variables, images, train=True) for m in (model, folding.Folded(model))]
+    kept = [models.apply(m, variables, images, train=True) for m in (model, batch_norm_folding.Folded(model))]
     assert all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, kept), strict=True))
     stranger = from_nnx(num_classes=10)
     variables = jax.tree.map(jnp.asarray, stranger.init(jax.random.key(0), images))
-    alike(outputs(stranger, variables, images), outputs(folding.Folded(stranger), variables, images), 0)
+    alike(outputs(stranger, variables, images), outputs(batch_norm_folding.Folded(stranger), variables, images), 0)
 
 
 def test_in_bfloat16_it_is_as_near_to_float32_as_without():
     model = models.create("resnet8", width=0.25, num_classes=10)
     variables, images = drawn(model)
     exact = outputs(model, variables, images).logits
-    plain, folded = (outputs(compute.inference(model, "bfloat16", on), variables, images).logits for on in (False, True))
+    plain, folded = (outputs(precision.inference(model, "bfloat16", on), variables, images).logits for on in (False, True))
     assert folded.dtype == jnp.float32 and not np.array_equal(folded, exact)
     assert jnp.abs(folded - exact).max() <= 2 * jnp.abs(plain - exact).max() + 1e-3 * jnp.abs(exact).max()
 

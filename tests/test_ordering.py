@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from pwkd_jax import models
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import ordering
+from pwkd_jax.models import channel_order
 
 
 class Separable(nn.Module):
@@ -97,7 +97,7 @@ def built(name):
 )
 def test_the_function_stays_and_channels_move(name, by):
     model, variables, shape, narrow = built(name)
-    ordered = ordering.order(model, variables, shape, narrow, by)
+    ordered = channel_order.order(model, variables, shape, narrow, by)
     images = np.random.default_rng(3).standard_normal((3, *shape)).astype(np.float32)
     before, after = (models.apply(model, v, images, train=False)[0].logits for v in (variables, ordered))
     np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
@@ -105,7 +105,7 @@ def test_the_function_stays_and_channels_move(name, by):
     assert all(np.array_equal(np.sort(a[path], axis=None), np.sort(b[path], axis=None)) for path in a)
     # Every axis that a narrow member has less of is sorted, but for those that the model gives a place of their own.
     shrinking = {(path, axis) for path in a for axis, n in enumerate(a[path].shape) if n != small[path].shape[axis]}
-    found = {axis for axes in ordering.groups(model, shape)[0] for axis in axes}
+    found = {axis for axes in channel_order.groups(model, shape)[0] for axis in axes}
     assert len(shrinking - found) == MODELS[name][1]
     moved = [path for path in a if not np.array_equal(a[path], b[path])]
     assert len(moved) >= 0.8 * len({path for path, _ in shrinking & found})
@@ -113,13 +113,13 @@ def test_the_function_stays_and_channels_move(name, by):
 
 def test_resnets_are_sorted_by_the_batch_norms_of_the_stream():
     model, variables, shape, narrow = built("resnet8")
-    sorted_ = flatten_dict(ordering.order(model, variables, shape, narrow)["params"], sep="/")
+    sorted_ = flatten_dict(channel_order.order(model, variables, shape, narrow)["params"], sep="/")
     # The stem and the first stage share a stream, whose channels are those of two batch norms.
     stream = np.abs(sorted_["stem_bn/scale"]) + np.abs(sorted_["stage1_block1/bn2/scale"])
     second = np.abs(sorted_["stage2_block1/bn2/scale"]) + np.abs(sorted_["stage2_block1/shortcut_bn/scale"])
     for importance in (stream, second, np.abs(sorted_["stage3_block1/bn1/scale"])):
         assert np.all(np.diff(importance) <= 0) and importance[0] > importance[-1]
-    by_norm = flatten_dict(ordering.order(model, variables, shape, narrow, "l1")["params"], sep="/")
+    by_norm = flatten_dict(channel_order.order(model, variables, shape, narrow, "l1")["params"], sep="/")
     inner = np.abs(by_norm["stage3_block1/conv1/kernel"]).sum((0, 1, 2), dtype=np.float64)
     makers = ("stem_conv/kernel", "stage1_block1/conv2/kernel")
     stream = sum(np.abs(by_norm[k]).sum((0, 1, 2), dtype=np.float64) for k in makers)
@@ -130,7 +130,7 @@ def test_resnets_are_sorted_by_the_batch_norms_of_the_stream():
 
 def test_layers_without_batch_norm_go_by_their_kernels():
     model, variables, shape, narrow = built("vit_tiny_patch4")
-    params = flatten_dict(ordering.order(model, variables, shape, narrow)["params"], sep="/")
+    params = flatten_dict(channel_order.order(model, variables, shape, narrow)["params"], sep="/")
     hidden = np.abs(params["block2/mlp1/kernel"]).sum(0, dtype=np.float64)
     heads = sum(np.abs(params[f"block2/attention/{part}/kernel"]).sum((0, 2), dtype=np.float64)
                 for part in ("query", "key", "value"))  # fmt: skip
@@ -148,7 +148,7 @@ def test_planted_channels_come_first_and_make_the_better_half():
     scale[important] = np.linspace(1, 2, 256)
     params = variables["params"]
     params["block4_bn0"]["scale"], params["block4_bn0"]["bias"] = scale, np.zeros(512, np.float32)
-    ordered = ordering.order(model, variables, shape, narrow)
+    ordered = channel_order.order(model, variables, shape, narrow)
     found = ordered["params"]["block4_bn0"]["scale"]
     np.testing.assert_array_equal(found[:256], np.linspace(1, 2, 256, dtype=np.float32)[::-1])
     assert not found[256:].any()
@@ -161,19 +161,19 @@ def test_planted_channels_come_first_and_make_the_better_half():
 def test_equal_channels_keep_their_order():
     model, _, shape, narrow = built("resnet8")
     fresh = jax.device_get(model.init(jax.random.key(0), jnp.zeros((1, *shape))))
-    ordered = ordering.order(model, fresh, shape, narrow)  # every scale is 1
+    ordered = channel_order.order(model, fresh, shape, narrow)  # every scale is 1
     assert all(map(np.array_equal, jax.tree.leaves(fresh), jax.tree.leaves(ordered)))
 
 
 def test_models_that_cannot_be_sorted_are_refused(monkeypatch):
     model, variables, shape, narrow = built("resnet8")
     wrong = [[(("params", "stem_conv", "kernel"), 3)]]
-    monkeypatch.setattr(ordering, "groups", lambda *_: (wrong, {wrong[0][0]}))
+    monkeypatch.setattr(channel_order, "groups", lambda *_: (wrong, {wrong[0][0]}))
     with pytest.raises(UserError, match=r"^teacher\.order: sorting this model's channels changes its output by \d+%, .* none$"):
-        ordering.order(model, variables, shape, narrow, "l1")
+        channel_order.order(model, variables, shape, narrow, "l1")
     monkeypatch.undo()
     v1 = models.create("ShuffleV1")
     narrow = models.abstract(models.create("ShuffleV1", width=0.5), shape)
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), models.abstract(v1, shape))
     with pytest.raises(UserError, match=r"^teacher\.order: no channels of this model can be sorted, .* set it to none$"):
-        ordering.order(v1, zeros, shape, narrow)
+        channel_order.order(v1, zeros, shape, narrow)

@@ -16,7 +16,7 @@ import pytest
 from pwkd_jax import config, preflight
 from pwkd_jax.cost import chips, compiler, input_rate
 from pwkd_jax.cost import preflight as measured
-from pwkd_jax.data.outline import outline
+from pwkd_jax.data.shapes import outline
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition, programs
 from pwkd_jax.reporting import preflight as report

@@ -13,7 +13,7 @@ import pytest
 
 from pwkd_jax import report
 from pwkd_jax.errors import UserError
-from pwkd_jax.reporting import page, plots, summary, words
+from pwkd_jax.reporting import page, phrases, plots, summary
 
 STEPS = 920
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
@@ -176,17 +176,17 @@ def test_a_negative_gain_stays_negative():
     found = build({**LAST, "pwkd": (95.0, 95.1, 94.9), "kd_whole": (97.0, 97.0, 97.0)})
     close(found["gain"]["partial_to_whole"], -2.0, 0.1, 3)
     assert found["gain"]["partial_to_whole"]["against"] == "kd_whole"
-    assert "-2.00 ± 0.10 points over 3 seeds, worse by more" in words.headline(found)
+    assert "-2.00 ± 0.10 points over 3 seeds, worse by more" in phrases.headline(found)
 
 
 def test_headline_says_when_nothing_can_be_told():
-    assert "+0.20 ± 0.10 points over 3 seeds, better by more" in words.headline(build())
+    assert "+0.20 ± 0.10 points over 3 seeds, better by more" in phrases.headline(build())
     within = build({"kd_whole": (96.0, 96.2), "kd_whole_cyclic": (95.0, 95.0), "pwkd": (96.3, 96.0)})
-    assert "its better control kd_whole: +0.05 ± 0.35 points over 2 seeds" in words.headline(within)
-    assert "not distinguishable" in words.headline(within)
+    assert "its better control kd_whole: +0.05 ± 0.35 points over 2 seeds" in phrases.headline(within)
+    assert "not distinguishable" in phrases.headline(within)
     same = build({"kd_whole": (96.0, 96.2), "pwkd": (96.0, 96.2)})
-    assert "+0.00 ± 0.00 points over 2 seeds, within" in words.headline(same)
-    one = words.headline(build({"kd_whole": (96.0,), "kd_whole_cyclic": (96.1,), "pwkd": (96.5,)}))
+    assert "+0.00 ± 0.00 points over 2 seeds, within" in phrases.headline(same)
+    one = phrases.headline(build({"kd_whole": (96.0,), "kd_whole_cyclic": (96.1,), "pwkd": (96.5,)}))
     assert "pwkd 96.50 against 96.10" in one and "+0.40 points over 1 seed;" in one and "told from chance" in one
 
 
@@ -308,15 +308,15 @@ def test_table_without_anything():
     [(812, "812"), (47e3, "47.0 k"), (47e4, "0.47 M"), (67.9e6, "67.9 M"), (1083e6, "1083 M"), (12.3e9, "12.3 G")],
 )
 def test_counts(number, said):
-    assert words.count(number) == said
+    assert phrases.count(number) == said
 
 
 def test_durations():
-    assert [words.duration(s) for s in (12.4, 200, 18_120)] == ["12 s", "3 min 20 s", "5 h 02 min"]
+    assert [phrases.duration(s) for s in (12.4, 200, 18_120)] == ["12 s", "3 min 20 s", "5 h 02 min"]
 
 
 def test_plans_in_words():
-    said = {arm: words.plan(plan(arm), plan(arm)) for arm in LAST}
+    said = {arm: phrases.plan(plan(arm), plan(arm)) for arm in LAST}
     assert said["alone"] == "no teacher, 1 cycle"
     assert said["kd_standard"] == "standard teacher, 1 cycle"
     assert said["kd_whole_cyclic"] == "slimmable 1, 4 cycles"

@@ -16,8 +16,8 @@ from conftest import IMAGE_SHAPE, close, family, varied
 from pwkd_jax import config, models, slimmable
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition
-from pwkd_jax.models import compute
-from pwkd_jax.training import local, sharding
+from pwkd_jax.models import precision
+from pwkd_jax.training import device_gradients, sharding
 
 ROOT = Path(__file__).parents[1]
 
@@ -196,9 +196,9 @@ def test_eight_devices_equal_one(runs, eight, one):
 )
 def test_devices_take_their_own_gradient_where_batch_norm_allows(devices, batch, group, own):
     net = slimmable.build(lambda w: family(w), (0.5, 1.0), IMAGE_SHAPE)
-    net = dataclasses.replace(net, members={w: compute.wrap(m, group=group) for w, m in net.members.items()})
+    net = dataclasses.replace(net, members={w: precision.wrap(m, group=group) for w, m in net.members.items()})
     mesh = jax.sharding.AbstractMesh((devices, 1), ("data", "model"))
-    assert local.possible(net, mesh, (batch, *IMAGE_SHAPE)) is own
+    assert device_gradients.possible(net, mesh, (batch, *IMAGE_SHAPE)) is own
 
 
 def test_groups_of_other_sizes_are_other_numbers(runs):
@@ -249,7 +249,7 @@ class Norm(nn.Module):
 
 def test_grouped_batch_norm_is_each_groups_in_float64(batch):
     images = batch[0] + np.arange(16, dtype=np.float32)[:, None, None, None]
-    model = compute.wrap(Norm(), group=4)
+    model = precision.wrap(Norm(), group=4)
     variables = varied(model.init(jax.random.key(0), images))
     out, stats = models.apply(model, variables, images, train=True)
     norm = jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
@@ -277,7 +277,7 @@ def test_outputs_of_groups_are_those_of_each_group_alone(batch, model):
     images = batch[0][:8]
     variables = varied(jax.jit(model.init)(jax.random.key(0), images[:1]))
     run = jax.jit(lambda m, v, x: models.apply(m, v, x, train=True), static_argnums=0)
-    whole, stats = run(compute.wrap(model, group=4), variables, images)
+    whole, stats = run(precision.wrap(model, group=4), variables, images)
     parts = [run(model, variables, x) for x in (images[:4], images[4:])]
     assert (whole.head is None) == (parts[0][0].head is None)
     fixed = {"head": whole.head, "norms": whole.norms}
@@ -288,7 +288,7 @@ def test_outputs_of_groups_are_those_of_each_group_alone(batch, model):
 
 
 def test_evaluation_knows_no_groups_and_a_group_must_divide(batch):
-    model, grouped = Norm(), compute.wrap(Norm(), group=3)
+    model, grouped = Norm(), precision.wrap(Norm(), group=3)
     variables = varied(model.init(jax.random.key(0), batch[0][:1]))
     same = [models.apply(m, variables, batch[0], train=False)[0].logits for m in (model, grouped)]
     np.testing.assert_array_equal(*same)
@@ -316,7 +316,7 @@ class Watched(nn.Module):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_bfloat16_computes_in_it_and_keeps_the_rest(batch, train):
-    model = compute.wrap(Watched(), "bfloat16")
+    model = precision.wrap(Watched(), "bfloat16")
     variables = jax.eval_shape(model.init, jax.random.key(0), batch[0])
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     out, stats = jax.eval_shape(lambda v, x: models.apply(model, v, x, train=train), variables, batch[0])
@@ -337,7 +337,7 @@ def test_bfloat16_is_near_float32_in_loss_gradient_and_statistics(batch):
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
 
     (exact, stats), grads = run(plain)
-    (near, rough_stats), rough = run(compute.wrap(plain, "bfloat16"))
+    (near, rough_stats), rough = run(precision.wrap(plain, "bfloat16"))
     assert 0 < abs(near - exact) < 0.02 * exact
     assert {x.dtype for x in jax.tree.leaves((rough, rough_stats))} == {jnp.dtype("float32")}
     flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (grads, rough)]
@@ -346,10 +346,10 @@ def test_bfloat16_is_near_float32_in_loss_gradient_and_statistics(batch):
 
 
 def test_a_wrapped_model_is_its_own_key_and_passes_its_family_on():
-    wrapped = compute.wrap(family(1.0), "bfloat16", 4)
-    assert hash(wrapped) == hash(compute.wrap(family(1.0), "bfloat16", 4)) and compute.plain(wrapped) == family(1.0)
+    wrapped = precision.wrap(family(1.0), "bfloat16", 4)
+    assert hash(wrapped) == hash(precision.wrap(family(1.0), "bfloat16", 4)) and precision.plain(wrapped) == family(1.0)
     assert wrapped.full_channels == (16, 32) and not hasattr(wrapped, "nothing")
-    assert dataclasses.is_dataclass(wrapped) and compute.wrap(family(1.0)) == family(1.0)
+    assert dataclasses.is_dataclass(wrapped) and precision.wrap(family(1.0)) == family(1.0)
 
 
 # The config.

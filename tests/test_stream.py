@@ -22,7 +22,7 @@ import pytest
 from test_data import _tfds
 
 from pwkd_jax import config, data, evaluate, train
-from pwkd_jax.data import ahead, folder, images, records, stream
+from pwkd_jax.data import folder, images, prefetch, records, stream
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition
 
@@ -356,7 +356,7 @@ def test_a_worker_that_dies_and_too_little_shared_memory_are_sentences(root, mon
     with pytest.raises(UserError, match=r"^data.workers: a process that decodes images stopped \(.*data.workers=0"):
         for step in range(1, 9):
             batches(step)
-    monkeypatch.setattr(ahead.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(prefetch.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     if os.path.isdir("/dev/shm"):
         with pytest.raises(UserError, match=r"^data.workers: 2 processes need \d+ MiB of shared memory"):
             data.batches(load(root, workers=2).train, 4, 0)(0)
@@ -378,7 +378,7 @@ def test_workers_stay_a_batch_ahead_and_leave_nothing_behind(tmp_path):
             return {"image": out, "label": np.full(2, number)}
 
     before = multiprocessing.active_children()
-    reader = ahead.Reader(Logged(), 2)
+    reader = prefetch.Reader(Logged(), 2)
     for step in range(3):
         assert (reader(step)["image"] == step).all()
     until = time.monotonic() + 60
@@ -397,7 +397,7 @@ def test_workers_stay_a_batch_ahead_and_leave_nothing_behind(tmp_path):
 KILLED = """
 import os, sys
 import numpy as np
-from pwkd_jax.data import ahead
+from pwkd_jax.data import prefetch
 
 class Numbers:
     shape = (2, 3)
@@ -406,7 +406,7 @@ class Numbers:
         return {"image": out, "label": np.full(2, os.getpid())}
 
 if __name__ == "__main__":
-    reader = ahead.Reader(Numbers(), 1)
+    reader = prefetch.Reader(Numbers(), 1)
     print(reader(0)["label"][0], reader._ring._name, flush=True)
     os.kill(os.getpid(), 9)
 """

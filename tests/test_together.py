@@ -17,7 +17,7 @@ from test_hosts import terminated_at
 from pwkd_jax import config, train
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment.workdir import FREE
-from pwkd_jax.training import together
+from pwkd_jax.training import students_together
 
 SHARED = [*TINY, "--config.seeds=3", "--config.student.batches=shared", "--config.log.tensorboard=false"]
 RUNS = [f"students/{arm}/seed{seed}" for arm in ("pwkd", "pwkd_random") for seed in range(3)]
@@ -133,7 +133,7 @@ def test_a_device_for_each_student(apart, tmp_path):
 
 def test_what_cannot_be_is_refused(tmp_path, capsys):
     with pytest.raises(UserError, match="needs one for each of 3 students, and here are 1; use 'auto'"):
-        together.several("devices", 3, jax.devices()[:1])
+        students_together.several("devices", 3, jax.devices()[:1])
     assert train.main([*TINY, "--config.student.together=scan", f"--workdir={tmp_path / 'w'}"]) == 2
     assert "'scan' is not possible; it should be auto or none where student.batches is 'own'" in capsys.readouterr().err
     assert train.main([*SHARED, "--config.student.together=devices", f"--workdir={tmp_path / 'w'}"]) == 2
@@ -141,6 +141,7 @@ def test_what_cannot_be_is_refused(tmp_path, capsys):
 
 
 def test_one_student_or_own_batches_train_as_before():
-    assert together.several("auto", 1, jax.devices()) is None and together.several("none", 3, jax.devices()) is None
+    several = students_together.several
+    assert several("auto", 1, jax.devices()) is None and several("none", 3, jax.devices()) is None
     assert config.default().student.batches == "own"
     assert "student.together" in FREE and "student.batches" not in FREE

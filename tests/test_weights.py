@@ -22,7 +22,7 @@ from test_commands import TINY
 
 from pwkd_jax import config, convert, data, evaluate, export, models, train, weights
 from pwkd_jax.errors import UserError
-from pwkd_jax.experiment import definition, trained
+from pwkd_jax.experiment import definition, loading
 from pwkd_jax.experiment.run import run as run_experiment
 from pwkd_jax.training import scores
 from pwkd_jax.weights import pytorch
@@ -153,7 +153,7 @@ def test_runs_checkpoints_and_exports_of_them_score_alike(run, tmp_path, capsys)
     student, teacher = run / "students/pwkd/seed0", run / "teacher/slimmable"
     assert evaluate.evaluate(str(student))["top1"] == pytest.approx(summary["runs"][0]["top1_last"])
     # The checkpoint at the end of the first stage is another, taught by the narrower teacher.
-    found, _ = trained.load(str(student / "checkpoints/12"))
+    found, _ = loading.load(str(student / "checkpoints/12"))
     assert found.card["assisted"] == {"distiller": "simkd", "teacher": "test_training:Tiny", "width": 0.5}
     first = evaluate.evaluate(str(student / "checkpoints/12"), teacher=str(teacher), teacher_width=0.5)
     assert first["top1"] == pytest.approx(summary["runs"][0]["stage_ends"][0])
@@ -366,7 +366,7 @@ def test_mistakes_are_one_sentence(main, arguments, sentence, run, converted, so
 def test_runs_that_were_moved_or_torn(run, tmp_path, capsys):
     work = shutil.copytree(run, tmp_path / "work")
     student = work / "students/pwkd/seed0"
-    assert trained.load(str(student / ".." / "seed0"))[0].card["model"] == "test_training:Tiny"
+    assert loading.load(str(student / ".." / "seed0"))[0].card["model"] == "test_training:Tiny"
     for moved in ("students/pwkd/seed0_old", "students/mine/seed0"):
         shutil.copytree(student, work / moved)
         assert "is no run of an experiment" in error(evaluate.main, work / moved, capsys=capsys)
@@ -374,7 +374,7 @@ def test_runs_that_were_moved_or_torn(run, tmp_path, capsys):
     kept = json.loads((work / "config.json").read_text())
     del kept["teacher"]["divisor"]
     (work / "config.json").write_text(json.dumps(kept))
-    assert trained.load(str(student))[0].card["model"] == "test_training:Tiny"
+    assert loading.load(str(student))[0].card["model"] == "test_training:Tiny"
     (work / "config.json").write_text(json.dumps(kept)[:99])
     assert "is not whole; give the same training command again" in error(evaluate.main, student, capsys=capsys)
 

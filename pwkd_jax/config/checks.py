@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 from pwkd_jax import distillers, models, slimmable, stages
 from pwkd_jax.config.schema import leaves
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import compute
-from pwkd_jax.training import profile, schedules, together
+from pwkd_jax.models import precision
+from pwkd_jax.training import profile, schedules, students_together
 
 
 def check(config: ConfigDict) -> None:
@@ -32,7 +32,7 @@ def check(config: ConfigDict) -> None:
     need("arms", bool(c.arms) and len(set(c.arms)) == len(c.arms), "a list of different arms")
     for arm in c.arms:
         need("arms", arm in stages.ARMS, "from " + ", ".join(stages.ARMS))
-    one_of("dtype", compute.DTYPES)
+    one_of("dtype", precision.DTYPES)
     if c.profile:
         profile.parse(c.profile)
     need("batch_norm_group", c.batch_norm_group >= 0, "0 (the global batch) or a number of images")
@@ -94,8 +94,8 @@ def check(config: ConfigDict) -> None:
     one_of("student.budget", ("total", "per_stage"))
     one_of("student.connectors", ("leading", "reinit"))
     one_of("student.batches", ("own", "shared"))
-    one_of("student.teacher_dtype", ("", *compute.DTYPES))
-    one_of("student.together", together.HOW)
+    one_of("student.teacher_dtype", ("", *precision.DTYPES))
+    one_of("student.together", students_together.HOW)
     need("student.together", s.together in ("auto", "none") or s.batches == "shared",
          "auto or none where student.batches is 'own', for students in one program share their batches")  # fmt: skip
     need("student.together", s.together != "devices" or (s.sharding == s.teacher_sharding == "replicated" and

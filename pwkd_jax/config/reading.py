@@ -1,4 +1,4 @@
-"""How a config is read and what is refused; `defaults` has the schema, every key with its default and its meaning.
+"""How a config is read; `schema` has every key with its default and its meaning, `checks` what is refused.
 
 configs/*.py import `default()` from here. `load(argv)` reads `--config=FILE[:ARG]` and `--config.key=value` overrides and
 returns a checked ConfigDict; a mistake is a UserError that names the key. After this the code sees plain arguments.

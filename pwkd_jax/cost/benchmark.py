@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from pwkd_jax import data
 from pwkd_jax.cost.timing import Case, Timer, nothing_kept, peak_here, processor
-from pwkd_jax.data.outline import outline
+from pwkd_jax.data.shapes import outline
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition, programs
 from pwkd_jax.models import costs

@@ -2,7 +2,7 @@
 
 On TPU a teacher's step with batch norm over the global batch has at most 2 * (batch-norm layers) + 1 all-reduces, whatever the
 number of widths: a layer's statistics forward, their gradients backward, the parameters' gradients. With groups that lie on one
-device there is one, the last (`training/local.py`). Other compilers merge less; count on the target.
+device there is one, the last (`training/device_gradients.py`). Other compilers merge less; count on the target.
 """
 
 import math

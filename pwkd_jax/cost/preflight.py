@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from pwkd_jax.cost import chips, compiler, input_rate
-from pwkd_jax.data.outline import outline
+from pwkd_jax.data.shapes import outline
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition, programs
 from pwkd_jax.training import sharding

@@ -14,11 +14,11 @@ from typing import Protocol
 import numpy as np
 
 from pwkd_jax.data import images, pipeline
-from pwkd_jax.data.ahead import Reader, cores
 from pwkd_jax.data.images import Unreadable
-from pwkd_jax.data.own import Batches
 from pwkd_jax.data.pipeline import Pipeline
+from pwkd_jax.data.prefetch import Reader, cores
 from pwkd_jax.data.splits import Split, Streaming
+from pwkd_jax.data.user_data import Batches
 from pwkd_jax.errors import UserError
 
 # Records fetched by one call: enough to share the cost of a call, few enough to keep them out of memory.

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pwkd_jax.distillers.feature_maps import adaptive_pool, normalise
 from pwkd_jax.distillers.logits import above_zero, wide
-from pwkd_jax.distillers.maps import adaptive_pool, normalise
 from pwkd_jax.distillers.taps import need
 from pwkd_jax.errors import UserError
 

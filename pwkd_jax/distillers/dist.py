@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from pwkd_jax.distillers.logits import above_zero, log_softmax
+from pwkd_jax.distillers.temperature import TEMPERATURE
 
 EPS = 1e-8
 
@@ -42,7 +43,7 @@ class DIST(nn.Module):
     weight: float = 2.0
     beta: float = 1.0
     gamma: float = 1.0
-    temperature: float = 4.0
+    temperature: float = TEMPERATURE
 
     def __post_init__(self):
         above_zero(temperature=self.temperature)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pwkd_jax.distillers.at import attention
+from pwkd_jax.distillers.feature_maps import match
 from pwkd_jax.distillers.logits import above_zero, wide
-from pwkd_jax.distillers.maps import match
 from pwkd_jax.distillers.regressors import uniform
 from pwkd_jax.distillers.taps import need
 from pwkd_jax.errors import UserError

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from pwkd_jax.distillers.logits import wide
+from pwkd_jax.distillers.temperature import TEMPERATURE
 from pwkd_jax.errors import UserError
 
 
@@ -22,7 +23,7 @@ class KD(nn.Module):
 
     ce_weight: float = 0.1
     weight: float = 0.9
-    temperature: float = 4.0
+    temperature: float = TEMPERATURE
 
     def __post_init__(self):
         if self.temperature <= 0:

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pwkd_jax.distillers.feature_maps import gram, match, normalise, stage_pairs
 from pwkd_jax.distillers.logits import wide
-from pwkd_jax.distillers.maps import gram, match, normalise, stage_pairs
 
 
 def nst_loss(student_map: jax.Array, teacher_map: jax.Array) -> jax.Array:

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
 
+from pwkd_jax.distillers.feature_maps import match
 from pwkd_jax.distillers.logits import wide
-from pwkd_jax.distillers.maps import match
 from pwkd_jax.distillers.taps import need
 from pwkd_jax.errors import UserError
 

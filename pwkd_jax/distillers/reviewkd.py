@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwkd_jax.distillers.feature_maps import adaptive_pool
 from pwkd_jax.distillers.logits import above_zero, ramp, wide
-from pwkd_jax.distillers.maps import adaptive_pool
 from pwkd_jax.distillers.regressors import uniform
 from pwkd_jax.distillers.taps import need
 from pwkd_jax.errors import UserError

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from pwkd_jax.distillers.logits import above_zero, chosen, kl, log_binary, log_softmax, ramp
+from pwkd_jax.distillers.temperature import TEMPERATURE
 
 
 def rld_losses(
@@ -41,7 +42,7 @@ class RLD(nn.Module):
     alpha: float = 1.0
     beta: float = 8.0
     confidence_temperature: float = 1.0
-    temperature: float = 4.0
+    temperature: float = TEMPERATURE
     warmup_epochs: float = 20.0
 
     def __post_init__(self):

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pwkd_jax.distillers.feature_maps import gram, match, normalise
 from pwkd_jax.distillers.logits import above_zero, wide
-from pwkd_jax.distillers.maps import gram, match, normalise
 from pwkd_jax.distillers.regressors import uniform
 from pwkd_jax.distillers.taps import need
 from pwkd_jax.errors import UserError

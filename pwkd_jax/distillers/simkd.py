@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from pwkd_jax import slimmable
+from pwkd_jax.distillers.feature_maps import match
 from pwkd_jax.distillers.heads import classify, teacher_head
 from pwkd_jax.distillers.logits import above_zero, wide
-from pwkd_jax.distillers.maps import match
 from pwkd_jax.distillers.regressors import uniform
 from pwkd_jax.distillers.taps import need
 

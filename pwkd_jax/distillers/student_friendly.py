@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pwkd_jax.distillers.logits import above_zero, kl, log_softmax, wide
+from pwkd_jax.distillers.temperature import TEMPERATURE
 
 
 def simplify(softened: jax.Array, queries: jax.Array, keys: jax.Array) -> jax.Array:
@@ -28,7 +29,7 @@ class StudentFriendly(nn.Module):
 
     ce_weight: float = 0.1
     weight: float = 0.9
-    temperature: float = 4.0
+    temperature: float = TEMPERATURE
     features: int = 64
 
     def __post_init__(self):

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pwkd_jax.distillers.feature_maps import match, stage_pairs
 from pwkd_jax.distillers.logits import wide
-from pwkd_jax.distillers.maps import match, stage_pairs
 from pwkd_jax.distillers.regressors import uniform
 from pwkd_jax.errors import UserError
 

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from pwkd_jax import data, distillers, models, slimmable, stages, weights
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import compute, ordering
-from pwkd_jax.training import dispatch, loop, schedules, sharding, together
+from pwkd_jax.models import channel_order, precision
+from pwkd_jax.training import dispatch, loop, schedules, sharding, students_together
 from pwkd_jax.training import state as states
 from pwkd_jax.training.evaluation import Evaluator
 from pwkd_jax.training.task import Task
@@ -67,12 +67,12 @@ class Experiment:
     def place(self, tree, how: str = "replicated"):
         return self.task.place(tree, how)
 
-    def several(self, count: int) -> together.Several | None:
+    def several(self, count: int) -> students_together.Several | None:
         """How `count` students that are still to be trained train in one program; None for one by one."""
         c = self.config.student
-        return together.several(c.together, count, list(self.mesh.devices.flat)) if c.batches == "shared" else None
+        return students_together.several(c.together, count, list(self.mesh.devices.flat)) if c.batches == "shared" else None
 
-    def on(self, several: together.Several | None) -> "Experiment":
+    def on(self, several: students_together.Several | None) -> "Experiment":
         """The experiment where those students train: on a mesh of their own if they have one."""
         return dataclasses.replace(self, task=self.task.on(several.mesh)) if several and several.mesh else self
 
@@ -128,7 +128,7 @@ def networks(config: ConfigDict, facts: dict) -> tuple[dict[str, slimmable.Slimm
         models.abstract(pupil, shape)
     except models.WidthError as e:
         raise UserError(f"student.width: {e}") from e
-    wrap = functools.partial(compute.wrap, dtype=c.dtype, group=c.batch_norm_group)
+    wrap = functools.partial(precision.wrap, dtype=c.dtype, group=c.batch_norm_group)
     wrapped = {
         name: dataclasses.replace(net, members={w: wrap(m) for w, m in net.members.items()}) for name, net in nets.items()
     }
@@ -194,7 +194,7 @@ def _ordered(teacher: ConfigDict, net: slimmable.Slimmable, whole: dict, shape: 
         raise UserError("teacher.weights: are those of width 1, which should then be one of teacher.widths")
     if teacher.order == "none" or len(net.widths) == 1:
         return whole
-    return ordering.order(compute.plain(net.members[1.0]), whole, shape, net.likes[net.widths[-1]], teacher.order)
+    return channel_order.order(precision.plain(net.members[1.0]), whole, shape, net.likes[net.widths[-1]], teacher.order)
 
 
 def streaming(config: ConfigDict) -> data.Streaming | None:

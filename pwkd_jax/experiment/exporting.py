@@ -12,7 +12,7 @@ from jax import export as jax_export
 
 from pwkd_jax import weights
 from pwkd_jax.errors import UserError
-from pwkd_jax.experiment import trained
+from pwkd_jax.experiment import loading
 from pwkd_jax.storage import replace
 from pwkd_jax.weights import pytorch
 
@@ -24,7 +24,7 @@ def export(target: str, out: Path, width: float | None, platforms: str, names: s
     wanted = [p.strip() for p in platforms.split(",") if p.strip()]
     if not wanted or set(wanted) - {*PLATFORMS}:
         raise UserError(f"--platforms: '{platforms}' should be some of {', '.join(PLATFORMS)}")
-    found, _ = trained.load(target, width, model)
+    found, _ = loading.load(target, width, model)
     if names == "torch" and ("assisted" in found.card or not hasattr(found.model, "torch_names")):
         raise UserError(f"--names: '{found.card['model']}' has no PyTorch original to name its arrays after; use flax")
     exported = program(found, wanted)

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from pwkd_jax import distillers, stages
 from pwkd_jax.experiment.definition import Experiment, wants_labels
-from pwkd_jax.models import compute
-from pwkd_jax.training import dispatch, distil, schedules, sharding, student, teacher, together
+from pwkd_jax.models import precision
+from pwkd_jax.training import dispatch, distil, schedules, sharding, student, students_together, teacher
 
 
 def teacher_arguments(experiment: Experiment, name: str) -> dict:
@@ -34,14 +34,14 @@ def teacher_step(experiment: Experiment, name: str) -> tuple[Callable, Callable]
 
 def student_steps(
     experiment: Experiment, plan: Sequence[stages.Stage], distillation: distillers.Distillation | None,
-    several: together.Several | None = None,
+    several: students_together.Several | None = None,
 ) -> tuple[Callable, dict[tuple[float, ...], Callable]]:  # fmt: skip
     """(creator of the first state, {widths: compiled step(state, batch, teacher)}) of an arm, for all its seeds and stages.
 
     several: of so many students at once.
     """
     c, net = experiment.config.student, experiment.teachers.get(plan[0].teacher)
-    members = {w: compute.inference(m, c.teacher_dtype, c.teacher_folded) for w, m in net.members.items()} if net else {}
+    members = {w: precision.inference(m, c.teacher_dtype, c.teacher_folded) for w, m in net.members.items()} if net else {}
     return distil.programs(
         experiment.student, members, plan, distillation, experiment.on(several).task,
         experiment.rule("student", *experiment.spans(plan)), same_crop=c.same_crop,
@@ -110,7 +110,7 @@ def _teacher(experiment: Experiment, name: str, trained: bool) -> list[Program]:
     return found
 
 
-def student_title(widths: tuple[float, ...], several: together.Several | None, teacher: str = "slimmable") -> str:
+def student_title(widths: tuple[float, ...], several: students_together.Several | None, teacher: str = "slimmable") -> str:
     students = f"{several.count} students' step" if several else "student step"
     if not widths:
         return f"{students}, no teacher"
@@ -123,7 +123,7 @@ def _student(experiment: Experiment, plan: Sequence[stages.Stage], distillation)
     c, name = experiment.config.student, plan[0].teacher
     several = experiment.several(experiment.config.seeds)
     create, steps = student_steps(experiment, plan, distillation, several)
-    like = jax.eval_shape(functools.partial(together.member, index=0), create.like) if several else create.like
+    like = jax.eval_shape(functools.partial(students_together.member, index=0), create.like) if several else create.like
     widest = experiment.teachers[name].widest if name in experiment.teachers else 0.0
     for widths, step in steps.items():
         here = experiment.on(several)

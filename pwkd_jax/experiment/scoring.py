@@ -11,10 +11,10 @@ from jax import export as jax_export
 
 from pwkd_jax import data, weights
 from pwkd_jax.errors import UserError
-from pwkd_jax.experiment import trained
+from pwkd_jax.experiment import loading
 from pwkd_jax.training.evaluation import predictor, score_predictions
 
-KINDS = f"{trained.KINDS}, or an exported .stablehlo program"
+KINDS = f"{loading.KINDS}, or an exported .stablehlo program"
 
 
 class Scored(NamedTuple):
@@ -92,7 +92,7 @@ def _open(target: str, width: float | None, model: str) -> Scored:
             if value:
                 raise UserError(f"{option}: {target} is a program, of one model and width")
         return _open_program(Path(target))
-    found, known = trained.load(target, width, model, KINDS)
+    found, known = loading.load(target, width, model, KINDS)
     card = found.card
     title = f"{card['model']}" + (f" at width {card['width']:g}" if card["width"] != 1 else "")
     title += f", {card['parameters']:,} parameters, {card['macs']:,} MACs an image"
@@ -115,7 +115,7 @@ def _open_program(path: Path) -> Scored:
     run = jax.jit(lambda x: jnp.log(jnp.maximum(program.call(x), jnp.finfo(jnp.float32).tiny)))
     card = path.with_suffix(".json")
     try:
-        known = trained.known(json.loads(card.read_text())["source"] if card.exists() else {})
+        known = loading.known(json.loads(card.read_text())["source"] if card.exists() else {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{card}: is no card of this project; remove it and name a data set with --data") from e
     return Scored(run, f"a program for {', '.join(program.platforms)}", images.shape[1:], out.shape[1], known, 1)

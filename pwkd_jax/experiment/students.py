@@ -12,12 +12,12 @@ from clu import parameter_overview
 from pwkd_jax import distillers, stages
 from pwkd_jax.experiment import programs, results
 from pwkd_jax.experiment.definition import Experiment
-from pwkd_jax.training import distributed, preemption, schedules, together
+from pwkd_jax.training import distributed, preemption, schedules, students_together
 from pwkd_jax.training import state as states
 from pwkd_jax.training.checkpoints import Checkpoints
 from pwkd_jax.training.distil import Student, distil, judged
+from pwkd_jax.training.students_together import Several
 from pwkd_jax.training.teacher import Teacher
-from pwkd_jax.training.together import Several
 from pwkd_jax.training.writers import Writer
 
 
@@ -124,8 +124,8 @@ def _leave(arm: Arm, directory: Path, seeds: Sequence[int], index: int, rows, sa
     directory = directory / f"seed{seeds[index]}"
     if distributed.primary():
         shutil.rmtree(directory, ignore_errors=True)  # what a run alone began, or a kill tore
-    rows = together.own_rows(rows, index, len(seeds))
-    own = [arm.experiment.place(together.member(state, index)) for state in saved]
+    rows = students_together.own_rows(rows, index, len(seeds))
+    own = [arm.experiment.place(students_together.member(state, index)) for state in saved]
     checkpoints = Checkpoints(directory / "checkpoints", keep=arm.ends)
     for state in own:
         checkpoints.save(int(state.step), state)

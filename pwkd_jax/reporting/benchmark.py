@@ -1,6 +1,6 @@
 """What `python -m pwkd_jax.benchmark` found as text, within 120 columns."""
 
-from pwkd_jax.reporting.words import count
+from pwkd_jax.reporting.phrases import count
 
 
 def text(result: dict) -> str:

@@ -2,7 +2,7 @@
 
 import json
 
-from pwkd_jax.reporting import words
+from pwkd_jax.reporting import phrases
 
 MISSING = "(not set)"
 
@@ -23,9 +23,9 @@ def differing(named: dict[str, dict]) -> list[list[str]]:
 
 def compare(named: dict[str, dict]) -> str:
     """The comparison as plain text of at most 100 columns: the summaries numbered, then a row an arm."""
-    header, rows = words.comparison_rows(named)
+    header, rows = phrases.comparison_rows(named)
     parts = [
-        words.wrap(f"[{i}] {own}: {data}, teacher {teacher}, student {student}", "    ")
+        phrases.wrap(f"[{i}] {own}: {data}, teacher {teacher}, student {student}", "    ")
         for i, (own, data, teacher, student, *_) in enumerate(rows, 1)
     ]
     parts = ["\n".join(parts)]
@@ -34,10 +34,10 @@ def compare(named: dict[str, dict]) -> str:
         some = rows[first : first + 5]
         numbers = [f"[{first + i}]" for i in range(1, len(some) + 1)]
         cells = [[header[c], *(row[c] for row in some)] for c in (*range(5, len(header)), 4)]
-        parts.append(words.grid(["last top-1", *numbers], cells))
+        parts.append(phrases.grid(["last top-1", *numbers], cells))
     parts.append("gain: pwkd minus the better of kd_whole and kd_whole_cyclic, in points, seed by seed")
     if differ := differing(named):
-        parts.append(words.wrap("Config keys that differ: " + ", ".join(row[0] for row in differ), "  "))
+        parts.append(phrases.wrap("Config keys that differ: " + ", ".join(row[0] for row in differ), "  "))
     return "\n\n".join(parts)
 
 

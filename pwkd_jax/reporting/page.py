@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from pwkd_jax.reporting import plots, words
+from pwkd_jax.reporting import phrases, plots
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -22,7 +22,7 @@ def report(summary: dict) -> str:
         _section("Time and environment", tables=_environment_tables(summary), folded=[config]),
     ]
     title = f"{summary['name']}: partial to whole knowledge distillation"
-    lead = [words.headline(summary), words.standard(summary), words.setting(summary)]
+    lead = [phrases.headline(summary), phrases.standard(summary), phrases.setting(summary)]
     lead.append(
         "Accuracies are top-1 in percent at the last epoch, mean ± sample standard deviation over seeds. The best "
         "epoch stands beside it; it is chosen on the test images, so it flatters."
@@ -35,7 +35,7 @@ def comparison(named: dict[str, dict], differing: Sequence[Sequence[str]]) -> st
 
     differing: the rows of the table of config keys that differ, [key, value in each summary].
     """
-    header, rows = words.comparison_rows(named)
+    header, rows = phrases.comparison_rows(named)
     arms = {"caption": "Top-1 in percent at the last epoch, and what partial to whole gained in points."}
     arms |= {"header": header, "rows": rows, "text": 4}
     gains = _figure(
@@ -48,11 +48,11 @@ def comparison(named: dict[str, dict], differing: Sequence[Sequence[str]]) -> st
     config |= {"text": 1 + len(named)}
     warned = [f"{name}: {line}" for name, summary in named.items() for line in summary["warnings"]]
     sections = [
-        _section("Results", gains, [arms], [f"{name}: {words.headline(summary)}" for name, summary in named.items()]),
+        _section("Results", gains, [arms], [f"{name}: {phrases.headline(summary)}" for name, summary in named.items()]),
         _section("Config", tables=[config] if differing else [], text=text),
     ]
     lead = [f"Experiments compared: {', '.join(named)}."]
-    return _render(f"Comparison of {words.plural(len(named), 'experiment')}", lead, sections, warned)
+    return _render(f"Comparison of {phrases.plural(len(named), 'experiment')}", lead, sections, warned)
 
 
 def sweep(name: str, named: dict[str, dict], header: Sequence[str], rows: Sequence[Sequence[str]], missing: str) -> str:
@@ -61,9 +61,9 @@ def sweep(name: str, named: dict[str, dict], header: Sequence[str], rows: Sequen
     table |= {"header": header, "rows": rows, "text": 1}
     gains = _figure(plots.gains(named), "What partial to whole gained: pwkd minus its better control in points.")
     warned = [f"{own}: {line}" for own, summary in named.items() for line in summary["warnings"]]
-    said = [f"{own}: {words.headline(summary)}" for own, summary in named.items()]
+    said = [f"{own}: {phrases.headline(summary)}" for own, summary in named.items()]
     sections = [_section("Results", gains, [table]), _section("In words", text=said)]
-    lead = [f"A sweep of {words.plural(len(named), 'experiment')}."]
+    lead = [f"A sweep of {phrases.plural(len(named), 'experiment')}."]
     return _render(f"Sweep {name}", lead, sections, [*([missing] if missing else []), *warned])
 
 
@@ -135,7 +135,7 @@ def _teacher_figures(summary: dict) -> list[dict]:
 def _arm_tables(summary: dict) -> list[dict]:
     caption = "Top-1 in percent of each arm. All arms share epochs, batches and the base distiller."
     header = ["arm", "teacher and schedule", "last", "best", "seeds"]
-    rows = words.arm_rows(summary)
+    rows = phrases.arm_rows(summary)
     return [{"caption": caption, "header": header, "rows": rows, "text": 2}] if rows else []
 
 
@@ -147,7 +147,7 @@ def _run_table(summary: dict) -> list[dict]:
             f"{run['top1_last']:.2f}",
             f"{run['top1_best']:.2f}",
             ", ".join(f"{end:.2f}" for end in run["stage_ends"]),
-            words.duration(run["seconds"]),
+            phrases.duration(run["seconds"]),
             f"{run['images_per_second']:,.0f}",
         ]
         for run in summary["runs"]
@@ -159,7 +159,7 @@ def _run_table(summary: dict) -> list[dict]:
 
 def _teacher_tables(summary: dict) -> list[dict]:
     header = ["teacher", "width", "params", "MACs", "last", "best"]
-    rows = words.teacher_rows(summary)
+    rows = phrases.teacher_rows(summary)
     return [{"caption": "Top-1 in percent of each teacher.", "header": header, "rows": rows, "text": 1}] if rows else []
 
 
@@ -171,10 +171,10 @@ def _environment_tables(summary: dict) -> list[dict]:
     for name in summary["arms"]:
         runs = [run for run in summary["runs"] if run["arm"] == name]
         epochs = f"{runs[0]['curve'][-1]['epoch']:g}" if runs[0]["curve"] else "-"
-        each = (words.stat([run[key] for run in runs])["mean"] for key in ("seconds", "images_per_second"))
+        each = (phrases.stat([run[key] for run in runs])["mean"] for key in ("seconds", "images_per_second"))
         spent.append([name, epochs, f"{runs[0]['plan'][-1]['end']:,}", *each])
-    spent = [[*cells, words.duration(seconds), f"{rate:,.0f}"] for *cells, seconds, rate in spent]
-    environment = {**summary["environment"], "time of all training": words.duration(summary["seconds"])}
+    spent = [[*cells, phrases.duration(seconds), f"{rate:,.0f}"] for *cells, seconds, rate in spent]
+    environment = {**summary["environment"], "time of all training": phrases.duration(summary["seconds"])}
     rows = [[key, str(value)] for key, value in environment.items()]
     header = ["training", "epochs", "steps", "time", "images/s"]
     caption = "Time of each training, mean over seeds."

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pwkd_jax.reporting import words
+from pwkd_jax.reporting import phrases
 
 # Text and axes are drawn in this colour, which the SVG then takes from the text around it.
 INK = "#010203"
@@ -30,7 +30,7 @@ LOOKS = {
     "pwkd_random": ("#2b93c9", "#8fd6ff", "P", (0, (2, 1))),
 }
 OTHER = ("#5a5a9a", "#b0b0f0", "h", "-")
-FOCUS = ("pwkd", *words.CONTROLS)
+FOCUS = ("pwkd", *phrases.CONTROLS)
 STYLE = {
     "font.size": 10,
     "axes.grid": True,
@@ -67,9 +67,9 @@ def teacher(summary: dict, axis: str) -> str:
         if rows:
             x, y = [row[axis] for row in rows], [row["top1_last"] for row in rows]
             axes.plot(x, y, fmt, color=look[0], label=f"{kind} teacher", markersize=7, zorder=3, clip_on=False)
-            ticks |= dict(zip(x, map(words.width if axis == "width" else words.count, x), strict=True))
+            ticks |= dict(zip(x, map(phrases.width if axis == "width" else phrases.count, x), strict=True))
             values += y
-            said.append(f"{kind} " + ", ".join(f"{words.width(r['width'])}: {r['top1_last']:.2f}" for r in rows))
+            said.append(f"{kind} " + ", ".join(f"{phrases.width(r['width'])}: {r['top1_last']:.2f}" for r in rows))
     if "alone" in summary["arms"]:
         mean = summary["arms"]["alone"]["top1_last"]["mean"]
         axes.axhline(mean, color=LOOKS["alone"][0], linestyle="--", label="student alone")
@@ -129,7 +129,7 @@ def curves(summary: dict) -> str:
     order = sorted(range(len(labels)), key=lambda i: list(summary["arms"]).index(labels[i]))
     figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside upper left", ncols=3)
     figure.legend(*low.get_legend_handles_labels(), loc="outside lower left")
-    ends = ", ".join(f"{arm} ends at {words.spread(summary['arms'][arm]['top1_last'])}" for arm in groups)
+    ends = ", ".join(f"{arm} ends at {phrases.spread(summary['arms'][arm]['top1_last'])}" for arm in groups)
     return _svg(figure, "curves", f"Student top-1 in percent and learning rate over training; {bands}{ends}")
 
 
@@ -149,14 +149,14 @@ def arms(summary: dict) -> str:
         if len(seeds) > 1:
             axes.plot(seeds, [y + 0.25] * len(seeds), "o", color=colour, markersize=4, alpha=0.6)
         axes.annotate(
-            words.spread(stat), (1.02, y), xycoords=("axes fraction", "data"), va="center", annotation_clip=False
+            phrases.spread(stat), (1.02, y), xycoords=("axes fraction", "data"), va="center", annotation_clip=False
         )
     axes.set_yticks(range(len(summary["arms"])), list(summary["arms"]))
     axes.set_ylim(len(summary["arms"]) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("top-1 at the last epoch (%)")
     _zoom(axes, values, "x")
-    said = "; ".join(f"{name} {words.spread(arm['top1_last'])}" for name, arm in summary["arms"].items())
+    said = "; ".join(f"{name} {phrases.spread(arm['top1_last'])}" for name, arm in summary["arms"].items())
     return _svg(figure, "arms", f"Top-1 at the last epoch in percent by arm: {said}")
 
 
@@ -174,7 +174,7 @@ def ensembles(summary: dict) -> str:
     for name in summary["arms"]:
         lists = [[e["top1"] for e in run["ensemble"]] for run in summary["runs"] if run["arm"] == name]
         if min(map(len, lists)) > 1:
-            found[name] = [words.stat(column) for column in zip(*lists, strict=False)]
+            found[name] = [phrases.stat(column) for column in zip(*lists, strict=False)]
     return _by_count(found, "ensembles", "snapshots in the ensemble, from the last")
 
 
@@ -195,7 +195,7 @@ def gains(named: dict[str, dict]) -> str:
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("pwkd minus its better control (points)")
-    said = "; ".join(f"{name} {words.spread(stat, '+')}" for name, stat in found.items())
+    said = "; ".join(f"{name} {phrases.spread(stat, '+')}" for name, stat in found.items())
     return _svg(figure, "gains", f"Gain of partial to whole in points: {said}")
 
 
@@ -229,12 +229,12 @@ def _bands(both: Sequence[Axes], pwkd: dict | None, epoch: float) -> str:
         start, end = stage["start"] * epoch, stage["end"] * epoch
         for axes in both:
             axes.axvspan(start, end, color=INK, alpha=0.06 if i % 2 else 0.0, linewidth=0)
-        label = "|".join(words.width(w) for w in stage["widths"])
+        label = "|".join(phrases.width(w) for w in stage["widths"])
         if len(stages) <= 12:
             label = f"width {label}" if len(stages) <= 5 else label
             place = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": 9}
             both[0].annotate(label, ((start + end) / 2, 1.01), **place)
-    widths = ", ".join("|".join(words.width(w) for w in stage["widths"]) for stage in stages)
+    widths = ", ".join("|".join(phrases.width(w) for w in stage["widths"]) for stage in stages)
     return f"stages of pwkd at widths {widths}; " if stages else ""
 
 

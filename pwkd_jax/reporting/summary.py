@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 
 from pwkd_jax.errors import UserError
-from pwkd_jax.reporting import words
+from pwkd_jax.reporting import phrases
 from pwkd_jax.storage import replace
 
 FORMAT, VERSION = "pwkd_jax.summary", 1
@@ -127,14 +127,14 @@ def read(path: str | os.PathLike) -> dict:
 
 def table(summary: dict) -> str:
     """The results as plain text of at most 100 columns, as training prints them at its end."""
-    parts = [words.wrap(f"{summary['name']}: {words.setting(summary)}")]
-    if rows := words.teacher_rows(summary):
-        parts.append(words.grid(("teacher", "width", "params", "MACs", "last", "best"), rows))
-    if rows := words.arm_rows(summary):
-        parts.append(words.grid(("arm", "teacher and schedule", "last", "best", "n"), rows, text=2, folded=1))
+    parts = [phrases.wrap(f"{summary['name']}: {phrases.setting(summary)}")]
+    if rows := phrases.teacher_rows(summary):
+        parts.append(phrases.grid(("teacher", "width", "params", "MACs", "last", "best"), rows))
+    if rows := phrases.arm_rows(summary):
+        parts.append(phrases.grid(("arm", "teacher and schedule", "last", "best", "n"), rows, text=2, folded=1))
         parts.append("Top-1 in percent, mean ± sample standard deviation over n seeds; last epoch is the headline.")
-    parts += [words.wrap(line) for line in (words.headline(summary), words.standard(summary)) if line]
-    parts += [words.wrap(f"Warning: {line}", "  ") for line in summary["warnings"]]
+    parts += [phrases.wrap(line) for line in (phrases.headline(summary), phrases.standard(summary)) if line]
+    parts += [phrases.wrap(f"Warning: {line}", "  ") for line in summary["warnings"]]
     return "\n\n".join(parts)
 
 
@@ -144,22 +144,22 @@ def _arm(runs: list[dict], members: int) -> dict:
         "plan": runs[0]["plan"],
         "cycles": runs[0]["cycles"],
         "runs": [{key: run[key] for key in ("seed", "top1_last", "top1_best")} for run in runs],
-        "top1_last": words.stat([run["top1_last"] for run in runs]),
-        "top1_best": words.stat([run["top1_best"] for run in runs]),
-        "stage_ends": [words.stat(ends) for ends in zip(*(run["stage_ends"] for run in runs), strict=True)],
-        "ensemble": {"members": members, **words.stat(ensemble)} if ensemble else None,
+        "top1_last": phrases.stat([run["top1_last"] for run in runs]),
+        "top1_best": phrases.stat([run["top1_best"] for run in runs]),
+        "stage_ends": [phrases.stat(ends) for ends in zip(*(run["stage_ends"] for run in runs), strict=True)],
+        "ensemble": {"members": members, **phrases.stat(ensemble)} if ensemble else None,
     }
 
 
 def _gain(arms: dict) -> dict:
-    controls = [arm for arm in words.CONTROLS if arm in arms]
+    controls = [arm for arm in phrases.CONTROLS if arm in arms]
     whole, reason = None, None
     if "pwkd" not in arms:
         reason = "pwkd did not run"
     elif not controls:
-        reason = f"neither {' nor '.join(words.CONTROLS)} ran"
+        reason = f"neither {' nor '.join(phrases.CONTROLS)} ran"
     else:
-        missing = [f"{arm} did not run" for arm in words.CONTROLS if arm not in arms]
+        missing = [f"{arm} did not run" for arm in phrases.CONTROLS if arm not in arms]
         whole = _difference(arms, max(controls, key=lambda arm: arms[arm]["top1_last"]["mean"]), missing)
         reason = None if whole else "pwkd and its better control share no seed"
     standard = _difference(arms, "kd_standard", []) if {"pwkd", "kd_standard"} <= arms.keys() else None
@@ -173,10 +173,10 @@ def _difference(arms: dict, against: str, notes: list[str]) -> dict | None:
     if not both:
         return None
     if len(both) < max(len(ours), len(theirs)):
-        notes = [*notes, f"pwkd and {against} share only {words.plural(len(both), 'seed')}"]
+        notes = [*notes, f"pwkd and {against} share only {phrases.plural(len(both), 'seed')}"]
     per_seed = {str(seed): ours[seed] - theirs[seed] for seed in both}
     note = "; ".join(notes) or None
-    return {**words.stat(list(per_seed.values())), "against": against, "per_seed": per_seed, "note": note}
+    return {**phrases.stat(list(per_seed.values())), "against": against, "per_seed": per_seed, "note": note}
 
 
 def _warnings(teachers: dict, arms: dict) -> list[str]:
@@ -185,8 +185,8 @@ def _warnings(teachers: dict, arms: dict) -> list[str]:
         return []
     rows = sorted(teachers["slimmable"]["widths"], key=lambda row: row["width"])
     said = [
-        f"The slimmable teacher is less accurate at width {words.width(wide['width'])} ({wide['top1_last']:.2f} %) "
-        f"than at {words.width(narrow['width'])} ({narrow['top1_last']:.2f} %): a later stage may teach worse than an "
+        f"The slimmable teacher is less accurate at width {phrases.width(wide['width'])} ({wide['top1_last']:.2f} %) "
+        f"than at {phrases.width(narrow['width'])} ({narrow['top1_last']:.2f} %): a later stage may teach worse than an "
         "earlier one."
         for narrow, wide in itertools.pairwise(rows)
         if wide["top1_last"] < narrow["top1_last"]
@@ -201,7 +201,7 @@ def _warnings(teachers: dict, arms: dict) -> list[str]:
             )
     if "alone" in arms and narrowest < arms["alone"]["top1_last"]["mean"]:
         said.append(
-            f"The narrowest teacher, width {words.width(rows[0]['width'])} ({narrowest:.2f} %), is below the student "
+            f"The narrowest teacher, width {phrases.width(rows[0]['width'])} ({narrowest:.2f} %), is below the student "
             f"trained alone ({arms['alone']['top1_last']['mean']:.2f} %): the first stage may hurt; start wider."
         )
     return said

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 
 from pwkd_jax.errors import UserError
+from pwkd_jax.reporting import phrases
 from pwkd_jax.reporting import summary as summaries
-from pwkd_jax.reporting import words
 
 
 def is_root(path: Path) -> bool:
@@ -40,7 +40,7 @@ def collect(root: Path) -> tuple[str, dict[str, dict], dict[str, dict], list[str
             groups.setdefault(group, []).append(summaries.read(root / point))
             axes[group] = {key: value for key, value in own.items() if key not in ("arms", "seed")}
     if not groups:
-        raise UserError(f"{root}: no point of this sweep is finished yet; unfinished are {words.some(unfinished)}")
+        raise UserError(f"{root}: no point of this sweep is finished yet; unfinished are {phrases.some(unfinished)}")
     return name, {group: _together(group, found) for group, found in groups.items()}, axes, unfinished
 
 
@@ -93,8 +93,8 @@ def cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
             row["point"],
             one(row["teacher_top1"]),
             one(row["standard_top1"]),
-            *(words.spread(row["arms"].get(arm)) for arm in arms),
-            words.spread(row["gain"], "+"),
+            *(phrases.spread(row["arms"].get(arm)) for arm in arms),
+            phrases.spread(row["gain"], "+"),
         ]
         for row in rows
     ]
@@ -124,8 +124,8 @@ def as_json(name: str, rows: list[dict], unfinished: list[str]) -> str:
 def text(name: str, rows: list[dict], unfinished: list[str]) -> str:
     """The table as plain text of at most 100 columns where the names allow it: as many arms side by side as fit."""
     header, body = cells(rows)
-    room = words.LINE - 2 - max(len(header[0]), *(len(line[0]) for line in body))
-    parts, columns = [words.wrap(f"{name}: {words.plural(len(rows), 'experiment')}, last top-1 in percent")], []
+    room = phrases.LINE - 2 - max(len(header[0]), *(len(line[0]) for line in body))
+    parts, columns = [phrases.wrap(f"{name}: {phrases.plural(len(rows), 'experiment')}, last top-1 in percent")], []
     for column in range(1, len(header)):
         size = 2 + max(len(line[column]) for line in (header, *body))
         if columns and sum(s for _, s in columns) + size > room:
@@ -133,19 +133,19 @@ def text(name: str, rows: list[dict], unfinished: list[str]) -> str:
             columns = []
         columns.append((column, size))
     parts.append(_columns(header, body, [c for c, _ in columns]))
-    parts.append(words.wrap(
+    parts.append(phrases.wrap(
         "teacher: the slimmable one's widest; gain: pwkd minus the better of kd_whole and kd_whole_cyclic, in points, "
         "seed by seed"
     ))  # fmt: skip
     if unfinished:
-        parts.append(words.wrap(missing(unfinished), "  "))
+        parts.append(phrases.wrap(missing(unfinished), "  "))
     return "\n\n".join(parts)
 
 
 def _columns(header: list[str], body: list[list[str]], columns: list[int]) -> str:
-    return words.grid([header[0], *(header[c] for c in columns)], [[line[0], *(line[c] for c in columns)] for line in body])
+    return phrases.grid([header[0], *(header[c] for c in columns)], [[line[0], *(line[c] for c in columns)] for line in body])
 
 
 def missing(unfinished: list[str]) -> str:
-    count = words.plural(len(unfinished), "point")
+    count = phrases.plural(len(unfinished), "point")
     return f"Unfinished: {count}, so what they add is not in this report: {', '.join(unfinished)}"

@@ -15,9 +15,9 @@ from clu import parameter_overview
 from pwkd_jax import distillers, models, stages, weights
 from pwkd_jax.distillers import Distillation
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import compute
+from pwkd_jax.models import precision
 from pwkd_jax.stages import Stage
-from pwkd_jax.training import dispatch, distributed, loop, schedules, sharding, together
+from pwkd_jax.training import dispatch, distributed, loop, schedules, sharding, students_together
 from pwkd_jax.training import state as states
 from pwkd_jax.training import student as students
 from pwkd_jax.training.state import State
@@ -55,7 +55,7 @@ def programs(
     *,
     same_crop: bool = True,
     data_seed: int | None = None,
-    several: together.Several | None = None,
+    several: students_together.Several | None = None,
     sharding_how: str = "replicated",
     start: dict | None = None,
     metrics: Callable | None = None,
@@ -70,7 +70,7 @@ def programs(
     if several:
         layout = several.layout if several.mesh else None
         seeds = np.zeros(several.count, np.uint32)
-        create = sharding.creator(task.mesh, together.stacked(make), sharding_how, seeds, start, layout=layout)
+        create = sharding.creator(task.mesh, students_together.stacked(make), sharding_how, seeds, start, layout=layout)
     else:
         create = sharding.creator(task.mesh, make, sharding_how, 0, start)
     steps = {}
@@ -149,7 +149,7 @@ def distil(
     directory: str | Path | None = None,
     label: str = "student",
     cadence: loop.Cadence | None = None,
-    several: together.Several | None = None,
+    several: students_together.Several | None = None,
     sharding: str = "replicated",
     profiled: str = "",
     compiled: tuple[Callable, dict] | None = None,
@@ -196,8 +196,8 @@ def distil(
     def evaluate(state: State) -> dict[str, float]:
         if not several:
             return task.scores(*judged(student, distillation, plan, teacher, state))
-        members = [task.place(together.member(state, i)) for i in range(several.count)]
-        return together.names([task.scores(*judged(student, distillation, plan, teacher, m)) for m in members])
+        members = [task.place(students_together.member(state, i)) for i in range(several.count)]
+        return students_together.names([task.scores(*judged(student, distillation, plan, teacher, m)) for m in members])
 
     here = task.on(several.mesh) if several and several.mesh else task
     frozen = here.place(teacher.variables) if teacher and here is not task else teacher.variables if teacher else {}
@@ -216,6 +216,6 @@ def distil(
         keep=ends, profiled=profiled, callback=callback,
     )  # fmt: skip
     kept = loop.snapshots(directory, state, ends) if directory and len(ends) > 1 else [state]
-    own = task.place(together.member(state, 0)) if several else state
+    own = task.place(students_together.member(state, 0)) if several else state
     model, variables = judged(student, distillation, plan, teacher, own)
-    return Student(model, variables, task.card(compute.plain(student), {"steps": ends[-1]}), rows, state, kept)
+    return Student(model, variables, task.card(precision.plain(student), {"steps": ends[-1]}), rows, state, kept)

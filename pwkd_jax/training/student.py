@@ -13,7 +13,7 @@ from pwkd_jax.distillers import Distillation, Progress
 from pwkd_jax.stages import Stage, place
 from pwkd_jax.training import metrics
 from pwkd_jax.training.state import State, apply_gradients, create, rng
-from pwkd_jax.training.together import Several
+from pwkd_jax.training.students_together import Several
 
 
 def init(
@@ -56,11 +56,11 @@ def make_step(
 ) -> Callable:
     """step(state, batch, teacher) -> (state, metrics) for the stages that `widths` teach; no widths is no teacher.
 
-    teacher: {width: frozen variables of the narrow model}, read in evaluation mode and never written. Several widths:
-    one is drawn at each step. One program serves every stage with the same widths: what differs between them (learning
-    rate, steps seen in the stage) comes from the state's step. images: in one epoch. data_seed: of augmentation and drawn
-    widths, in place of the state's own. several: the state is that of several students, see `together`. own(outputs, labels) ->
-    {name: per-image values [B]}: metrics besides ours.
+    teacher: {width: frozen variables of the narrow model}, read in evaluation mode and never written. Several widths: one is
+    drawn at each step. One program serves every stage with the same widths: what differs between them (learning rate, steps
+    seen in the stage) comes from the state's step. images: in one epoch. data_seed: of augmentation and drawn widths, in place
+    of the state's own. several: the state is that of several students, see `students_together`. own(outputs, labels) -> {name:
+    per-image values [B]}: metrics besides ours.
     """
     locate = place(plan)
 

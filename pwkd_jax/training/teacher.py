@@ -11,9 +11,9 @@ from clu import parameter_overview
 
 from pwkd_jax import data, models, slimmable, weights
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import compute
+from pwkd_jax.models import precision
 from pwkd_jax.slimmable import Slimmable
-from pwkd_jax.training import dispatch, distributed, local, loop, metrics, schedules, sharding
+from pwkd_jax.training import device_gradients, dispatch, distributed, loop, metrics, schedules, sharding
 from pwkd_jax.training import state as states
 from pwkd_jax.training.sharding import place
 from pwkd_jax.training.state import State, apply_gradients, rng
@@ -34,7 +34,7 @@ def make_step(
     def loss_fn(params, statistics, key, images, labels):
         return slimmable.sandwich_loss(net, params, statistics, images, labels, key=key, **sandwich)
 
-    gradient = local.value_and_grad(loss_fn, net, mesh) if mesh else jax.value_and_grad(loss_fn, has_aux=True)
+    gradient = device_gradients.value_and_grad(loss_fn, net, mesh) if mesh else jax.value_and_grad(loss_fn, has_aux=True)
 
     def step(state: State, batch: dict):
         images = preprocess(rng(state, 0), batch["image"])
@@ -218,5 +218,5 @@ def train_teacher(
         profiled=profiled, callback=callback,
     )  # fmt: skip
     variables = frozen(state)
-    make = cards or (lambda w, rows: task.card(compute.plain(net.members[w]), {"steps": total}))
+    make = cards or (lambda w, rows: task.card(precision.plain(net.members[w]), {"steps": total}))
     return Teacher(net, variables, {w: make(w, rows) for w in variables}, rows)

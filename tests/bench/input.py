@@ -14,7 +14,7 @@ takes to make one:
 
     hand-over    a constant batch made by one worker and read: written once, carried, copied once
     copy         of a batch, to memory that was used before
-    segment      the constant batch written to shared memory that is new, which the ring of `pwkd_jax.data.ring` saves
+    segment      the constant batch written to shared memory that is new, which the ring of `pwkd_jax.data.ring_buffer` saves
 
 Linux.
 """
@@ -40,7 +40,7 @@ import PIL.Image
 from sklearn.datasets import load_sample_images
 
 from pwkd_jax import data
-from pwkd_jax.data import ahead, images, stream
+from pwkd_jax.data import images, prefetch, stream
 
 SIZE, BATCH, STEPS, FILES = 224, 64, 2, 128
 
@@ -108,7 +108,7 @@ class Workers:
 
     def __init__(self, batch, count: int):
         before = set(multiprocessing.active_children())
-        self.count, self._batch, self._at = count, ahead.Reader(batch, count, STEPS), 0
+        self.count, self._batch, self._at = count, prefetch.Reader(batch, count, STEPS), 0
         self._read(2 * count)
         self._pids = [child.pid for child in set(multiprocessing.active_children()) - before]
 
@@ -151,7 +151,7 @@ def segment() -> None:
 def machine() -> dict:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": names[0] if names else platform.machine(), "cores": ahead.cores(), "load": os.getloadavg(),
+    return {"cpu": names[0] if names else platform.machine(), "cores": prefetch.cores(), "load": os.getloadavg(),
             "python": platform.python_version(), "kernel": platform.release(),
             **{name: version(name) for name in ("numpy", "opencv-python-headless", "pillow", "grain")}}  # fmt: skip
 
@@ -173,7 +173,7 @@ def main(arguments: list[str]) -> None:
             "pillow": lambda: timed(lambda: pillow(paths, boxes)),
             "in process": lambda: timed(lambda: [batch(step) for step in range(STEPS)]),
         }
-        for count in range(1, min(ahead.cores(), 8) + 1):
+        for count in range(1, min(prefetch.cores(), 8) + 1):
             inputs[f"{count} worker{'s' * (count > 1)}"] = Workers(batch, count).timed
         inputs["hand-over"] = Workers(Constant(), 1).timed
         used = np.ones((2, *Constant.shape), np.uint8)

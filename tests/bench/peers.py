@@ -52,7 +52,7 @@ class Ours:
         from pwkd_jax import config, data
         from pwkd_jax.cost import compilation_cache
         from pwkd_jax.experiment import definition, programs
-        from pwkd_jax.models import compute, costs
+        from pwkd_jax.models import costs, precision
         from pwkd_jax.training import sharding
 
         compilation_cache.enable()
@@ -75,7 +75,7 @@ class Ours:
             self.frozen = {"teacher": {1.0: s.place(teacher)}}
         self.state = create(0, None)
         trained = sum(x.size for x in jax.tree.leaves(self.state.params))
-        self.facts = {"parameters": trained, "macs": costs.macs(compute.plain(model), (32, 32, 3))}
+        self.facts = {"parameters": trained, "macs": costs.macs(precision.plain(model), (32, 32, 3))}
 
     def run(self, steps: int) -> None:
         for _ in range(steps):

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from pwkd_jax import benchmark, config
 from pwkd_jax.cost import timing
 from pwkd_jax.reporting.environment import environment
-from pwkd_jax.training import together
+from pwkd_jax.training import students_together
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "cifar100.py")
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     seeds, ways = options.seeds, options.ways.split(",")
-    known = [way for way in together.HOW if way != "none"]
+    known = [way for way in students_together.HOW if way != "none"]
     if unknown := {*ways} - {*known}:
         parser.error(f"--ways: there is no '{min(unknown)}'; there are {', '.join(known)}")
     with timing.nothing_kept():

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from pwkd_jax import models
-from pwkd_jax.models import compute
+from pwkd_jax.models import precision
 from pwkd_jax.slimmable import Slimmable
 
 
@@ -68,7 +68,7 @@ def _group(net: Slimmable) -> int:
 
 
 def _all_norms_are_flax(net: Slimmable, image_shape: tuple[int, ...]) -> bool:
-    model, like, seen = compute.plain(net.members[net.widest]), net.likes[net.widest], set()
+    model, like, seen = precision.plain(net.members[net.widest]), net.likes[net.widest], set()
     images = jax.ShapeDtypeStruct((2, *image_shape), "float32")
     with _norms(lambda layer: seen.add(layer.path)):
         jax.eval_shape(lambda v, x: models.apply(model, v, x, train=True), like, images)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pwkd_jax.data.ring import Ring
+from pwkd_jax.data.ring_buffer import Ring
 from pwkd_jax.errors import UserError
 
 # Of each worker in the ring: one that is being made and one that is ready.
