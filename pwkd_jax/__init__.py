@@ -58,7 +58,7 @@ _HOMES = {
     "data": {"Batches": "", "Dataset": "", "augment": "", "batches": "", "load_data": "load", "normalise": ""},
     "distillers": {"Distillation": "", "Progress": "", "create_distiller": "create"},
     "errors": {"UserError": ""},
-    "experiment.trained": {"load": "open_network"},
+    "experiment.loading": {"load": "open_network"},
     "models": {"Outputs": "", "apply_model": "apply", "channels": "", "create_model": "create"},
     "slimmable": {"Slimmable": "", "make_slimmable": "", "mask": "", "sandwich_loss": "", "take": ""},
     "stages": {"Stage": "", "cycles": "", "even_plan": "even", "stage_plan": "plan"},

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pwkd_jax import storage
 from pwkd_jax.errors import UserError
 from pwkd_jax.reporting import page, sweep
 from pwkd_jax.reporting import summary as summaries
 from pwkd_jax.reporting.comparison import compare, differing, name
-from pwkd_jax.storage import replace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def _run(paths: Sequence[str], out: Path | None) -> None:
         found[path] = summaries.read(path)
     if len(found) == 1:
         path, summary = next(iter(found.items()))
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        folder = Path(path) if storage.is_folder(Path(path)) else Path(path).parent
         out = out or folder / "report.html"
         text, html = summaries.table(summary), page.report(summary)
     else:
@@ -73,7 +73,7 @@ def _sweep(root: Path, out: Path | None) -> None:
 def _write(files: dict[Path, str]) -> None:
     for path, content in files.items():
         try:
-            replace(path, content)
+            storage.replace(path, content)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): give --out another file") from None
 

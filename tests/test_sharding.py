@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import flax.linen as nn
 from conftest import IMAGE_SHAPE
 from pwkd_jax import data, distillers, models, slimmable, stages
-from pwkd_jax.models import compute
+from pwkd_jax.models import precision
 from pwkd_jax.training import sharding, state as states, student, teacher
 from pwkd_jax.training.checkpoints import Checkpoints
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -86,7 +86,7 @@ fitted = distillers.build(distillers.create("kd+sp"), outputs(pupil), {1.0: outp
 def steps(model, how, group=0, learns=True, net=pair, **sandwich):
     """Losses and states after two steps of teacher and student, the teacher's state, and what of it taught."""
     mesh = sharding.make_mesh(model)
-    net = dataclasses.replace(net, members={w: compute.wrap(m, group=group) for w, m in net.members.items()})
+    net = dataclasses.replace(net, members={w: precision.wrap(m, group=group) for w, m in net.members.items()})
     batch = sharding.put_batch(mesh, raw)
     make = sharding.creator(
         mesh, lambda seed: states.create(seed, *net.init(jax.random.key(seed), IMAGE_SHAPE), tx), how, 0)
@@ -104,8 +104,8 @@ def steps(model, how, group=0, learns=True, net=pair, **sandwich):
     learner = make_pupil(1)
     taught = sharding.place(mesh, {1.0: teacher.freeze(net, state.params, state.collections)[1.0]}, how)
     plan = [stages.Stage("slimmable", (1.0,), 0, 4)]
-    one = student.make_step(compute.wrap(pupil, group=group), net.members, (1.0,), fitted, plan, tx, lambda s: 0.1, preprocess,
-                            images=40)
+    one = student.make_step(precision.wrap(pupil, group=group), net.members, (1.0,), fitted, plan, tx, lambda s: 0.1,
+                            preprocess, images=40)
     one = sharding.jit_step(mesh, one, make_pupil.layout)
     for _ in range(2 * learns):
         learner, metrics = one(learner, batch | {"dataset_label": sharding.place(mesh, labels)}, teacher=taught)

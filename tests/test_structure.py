@@ -96,6 +96,28 @@ def test_imports_make_no_circles_between_modules():
     assert circle(edges) == []
 
 
+# Files that belong to no workdir: the page's template, the source itself, the user's PyTorch file, the null device, chips.
+OWN_FILES = {"reporting.page", "experiment.fingerprint", "weights.convert", "training.distributed"}
+ACCESS = {"read_text", "read_bytes", "write_text", "write_bytes", "exists", "is_file", "is_dir", "iterdir", "glob", "rglob",
+          "mkdir", "unlink", "rmtree", "open"}  # fmt: skip
+
+
+def test_files_of_experiments_are_reached_by_one_door():
+    found = []
+    for name, tree in modules().items():
+        if name.partition(".")[0] not in ("experiment", "training", "weights", "reporting") or name in OWN_FILES:
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            called = node.func
+            word = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+            of = ast.unparse(called.value) if isinstance(called, ast.Attribute) else ""
+            if word in ACCESS and of != "storage":
+                found.append(f"{name}: {ast.unparse(called)}")
+    assert not found, found
+
+
 def test_every_public_name_is_there_and_stands_in_the_lines_for_type_checkers():
     tree = modules()[""]
     block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import jax
 
+from pwkd_jax import storage
 from pwkd_jax.cost.collectives import collectives
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment.programs import Program
 from pwkd_jax.models import convolution
-from pwkd_jax.storage import replace
 
 KINDS = ("arguments", "outputs", "temporaries", "aliased", "code")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -88,7 +88,7 @@ def _kept(program: Program, target: str, directory: Path | None, compile: Callab
     result = compile(lowered)
     if path:
         with contextlib.suppress(OSError):  # a home that cannot be written: the next command compiles again
-            replace(path, json.dumps(result._asdict()))
+            storage.replace(path, json.dumps(result._asdict()))
     return result
 
 
@@ -106,7 +106,7 @@ def _version(name: str) -> str:
 
 def _read(path: Path) -> Cost | None:
     try:
-        found = Cost(**json.loads(path.read_text()))
+        found = Cost(**json.loads(storage.read(path)))
     except (OSError, ValueError, TypeError):
         return None
     return found._replace(kept=True, communication={k: tuple(v) for k, v in found.communication.items()})

@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from pwkd_jax import slimmable, stages, weights
+from pwkd_jax import slimmable, stages, storage, weights
 from pwkd_jax.config import complete
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition
@@ -28,28 +28,28 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
     none. Raises UserError.
     """
     path = Path(os.path.abspath(target))
-    if (path / "model.safetensors").is_file():  # the directory of an export
+    if storage.is_file(path / "model.safetensors"):  # the directory of an export
         path = path / "model.safetensors"
-    if path.is_file():
+    if storage.is_file(path):
         variables, card = weights.read(path, model)
         if width not in (None, card["width"]):
             raise UserError(f"--width: {target} holds width {card['width']:g} alone")
         return Network(weights.build(card), variables, card), known(card["source"])
-    if not path.exists():
+    if not storage.exists(path):
         raise UserError(f"{target}: there is no such file or directory; give {kinds}")
     inside = path.parent.name == "checkpoints" and path.name.isdigit()
     run, step = (path.parents[1], int(path.name)) if inside else (path, None)
-    workdir = next((p for p in run.parents if (p / "config.json").exists() and (p / "data.json").exists()), None)
+    workdir = next((p for p in run.parents if storage.exists(p / "config.json") and storage.exists(p / "data.json")), None)
     place = run.relative_to(workdir).as_posix() if workdir else ""
     if not re.fullmatch(rf"teacher/(slimmable|standard)|students/({'|'.join(stages.ARMS)})/seed\d+", place):
-        inside = sorted(p.parent.relative_to(path).as_posix() for p in path.rglob("checkpoints"))
+        inside = sorted(p.relative_to(path).as_posix() for p in storage.holding(path, "checkpoints"))
         hint = f"there are {', '.join(inside)} in it" if inside else f"give {kinds}"
         raise UserError(f"{target}: is no run of an experiment; {hint}")
     parts = place.split("/")
     try:
         # What older experiments did not set has the default of today.
-        config = complete(ConfigDict(json.loads((workdir / "config.json").read_text())), (), str(workdir / "config.json"))
-        facts = json.loads((workdir / "data.json").read_text())
+        config = complete(ConfigDict(json.loads(storage.read(workdir / "config.json"))), (), str(workdir / "config.json"))
+        facts = json.loads(storage.read(workdir / "data.json"))
     except ValueError as e:
         raise UserError(f"{workdir}: its config.json or data.json is not whole; give the same training command again") from e
     source = {"experiment": config.name, "data": facts["name"], "test_split": config.data.test_split, "run": "/".join(parts)}
@@ -90,7 +90,7 @@ def _teacher(target: str, workdir: Path, run: Path, step: int | None, width: flo
     about = {"model": c.model, "width": width, "divisor": c.divisor}
     if step is None:
         path = run / f"width_{slimmable.width_key(width)}.safetensors"
-        if not path.exists():
+        if not storage.exists(path):
             raise UserError(f"{target}: this teacher's training has not ended; name one of its checkpoints, or train on")
         variables, card = weights.read(path, c.model)
         return net.members[width], variables, about | {"source": card["source"]}
@@ -105,7 +105,7 @@ def _student(target: str, workdir: Path, run: Path, step: int | None, width: flo
     c = config.student
     if width not in (None, c.width):
         raise UserError(f"--width: {target} is a student, of one width")
-    steps = sorted(int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit())
+    steps = sorted(int(n) for n in storage.names(run / "checkpoints") if n.isdigit())
     if not steps:
         raise UserError(f"{target}: has no checkpoint yet")
     step = steps[-1] if step is None else step

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pwkd_jax import storage
 from pwkd_jax.training import distributed, preemption
 
 
@@ -13,7 +14,7 @@ def result(directory: Path) -> dict | None:
     """What a finished run left, or None: then it is this run's turn. Raises Preempted between runs."""
     preemption.check()
     path = directory / "result.json"
-    return distributed.decide(lambda: json.loads(path.read_text()) if path.exists() else None)
+    return distributed.decide(lambda: json.loads(storage.read(path)) if storage.exists(path) else None)
 
 
 def point(row: dict) -> dict:

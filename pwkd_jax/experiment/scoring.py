@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import export as jax_export
 
-from pwkd_jax import data, weights
+from pwkd_jax import data, storage, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import loading
 from pwkd_jax.training.evaluation import predictor, score_predictions
@@ -104,7 +104,7 @@ def _open(target: str, width: float | None, model: str) -> Scored:
 def _open_program(path: Path) -> Scored:
     weights.refuse_missing(path)
     try:
-        program = jax_export.deserialize(bytearray(path.read_bytes()))
+        program = jax_export.deserialize(bytearray(storage.read_bytes(path)))
         (images,), (out,) = program.in_avals, program.out_avals
     except Exception as e:  # flatbuffers and MLIR raise of everything
         raise UserError(f"{path}: is not a whole exported program") from e
@@ -115,7 +115,7 @@ def _open_program(path: Path) -> Scored:
     run = jax.jit(lambda x: jnp.log(jnp.maximum(program.call(x), jnp.finfo(jnp.float32).tiny)))
     card = path.with_suffix(".json")
     try:
-        known = loading.known(json.loads(card.read_text())["source"] if card.exists() else {})
+        known = loading.known(json.loads(storage.read(card))["source"] if storage.exists(card) else {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{card}: is no card of this project; remove it and name a data set with --data") from e
     return Scored(run, f"a program for {', '.join(program.platforms)}", images.shape[1:], out.shape[1], known, 1)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from pwkd_jax import storage
 from pwkd_jax.config import leaves
 from pwkd_jax.errors import UserError
-from pwkd_jax.storage import replace
 
 # Neither changes a teacher: where the data lie, and where it came from itself.
 FREE = ("data.data_dir", "teacher.run")
@@ -33,7 +33,7 @@ def check(config: ConfigDict, facts: dict, names: Iterable[str]) -> None:
     if not run:
         return
     try:
-        lender, known = (json.loads((Path(run) / file).read_text()) for file in ("config.json", "data.json"))
+        lender, known = (json.loads(storage.read(Path(run) / file)) for file in ("config.json", "data.json"))
     except (OSError, ValueError) as e:
         raise UserError(f"teacher.run: '{run}' is not a workdir of pwkd_jax.train ({type(e).__name__})") from e
     own, other = identity(config), identity(ConfigDict(lender))
@@ -47,13 +47,13 @@ def check(config: ConfigDict, facts: dict, names: Iterable[str]) -> None:
         if known[key] != facts[key]:
             raise UserError(f"teacher.run: the data of '{run}' had {key} {known[key]}, and these have {facts[key]}")
     for name in names:
-        if not (Path(run) / "teacher" / name / "result.json").exists():
+        if not storage.exists(Path(run) / "teacher" / name / "result.json"):
             raise UserError(f"teacher.run: '{run}' holds no finished {name} teacher; train it there first")
 
 
 def copy(lender: Path, workdir: Path, name: str) -> None:
     """Bring the finished teacher `name` of `lender` into `workdir`, its result last; nothing where there is one already."""
     source, target = lender / "teacher" / name, workdir / "teacher" / name
-    if not (target / "result.json").exists():
-        for path in (*sorted(source.glob("width_*")), source / "result.json"):
-            replace(target / path.name, path.read_bytes())
+    if not storage.exists(target / "result.json"):
+        for file in (*(n for n in storage.names(source) if n.startswith("width_")), "result.json"):
+            storage.replace(target / file, storage.read_bytes(source / file))

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from clu import parameter_overview
 
-from pwkd_jax import distillers, stages
+from pwkd_jax import distillers, stages, storage
 from pwkd_jax.experiment import programs, results
 from pwkd_jax.experiment.definition import Experiment
 from pwkd_jax.training import distributed, preemption, schedules, students_together
@@ -99,7 +98,7 @@ def _learn(arm: Arm, directory: Path, seeds: Sequence[int], compiled: tuple, sev
     for seed, result in zip(seeds, done, strict=True):
         distributed.write(directory / f"seed{seed}" / "result.json", json.dumps(result))
     if several and distributed.primary():
-        shutil.rmtree(path)
+        storage.remove(path)
     return json.loads(json.dumps(done))
 
 
@@ -123,7 +122,7 @@ def _leave(arm: Arm, directory: Path, seeds: Sequence[int], index: int, rows, sa
     """The result of one of several students; writes the rows and checkpoints that it would have written alone."""
     directory = directory / f"seed{seeds[index]}"
     if distributed.primary():
-        shutil.rmtree(directory, ignore_errors=True)  # what a run alone began, or a kill tore
+        storage.remove(directory, missing_ok=True)  # what a run alone began, or a kill tore
     rows = students_together.own_rows(rows, index, len(seeds))
     own = [arm.experiment.place(students_together.member(state, index)) for state in saved]
     checkpoints = Checkpoints(directory / "checkpoints", keep=arm.ends)

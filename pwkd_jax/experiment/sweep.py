@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pwkd_jax import config
+from pwkd_jax import config, storage
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import shared_teachers
-from pwkd_jax.storage import replace
 
 FORMAT, VERSION = "pwkd_jax.sweep", 1
 
@@ -62,7 +61,7 @@ def load(path: Path, root: Path) -> list[Point]:
 
 def _read(path: Path) -> tuple[str, dict[str, list], dict[str, Any]]:
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(storage.read(path))
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
@@ -157,7 +156,7 @@ def write(points: Sequence[Point], root: Path, name: str) -> None:
     """ROOT/sweep.json: which points there are, so that a report can name those that are not finished. Raises OSError."""
     rows = [{"name": p.name, "axes": p.axes, "group": p.group} for p in points]
     text = json.dumps({"format": FORMAT, "version": VERSION, "name": name, "points": rows}, indent=1) + "\n"
-    replace(root / "sweep.json", text)
+    storage.replace(root / "sweep.json", text)
 
 
 def chosen(points: list[Point], what: str) -> list[Point]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from pwkd_jax import storage
 from pwkd_jax.config import leaves
 from pwkd_jax.errors import UserError
-from pwkd_jax.storage import replace
 
 # Keys that may change between two commands in one workdir: they add runs to it, or change nothing of a finished one.
 FREE = (
@@ -20,8 +20,8 @@ FREE = (
 def claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
     """Write config.json and data.json, or refuse a workdir that holds runs of another config."""
     path = workdir / "config.json"
-    if path.exists():
-        before = dict(leaves(ConfigDict(json.loads(path.read_text()))))
+    if storage.exists(path):
+        before = dict(leaves(ConfigDict(json.loads(storage.read(path)))))
         now = dict(leaves(ConfigDict(json.loads(config.to_json()))))
         differ = [k for k in sorted(before.keys() | now.keys()) if k not in FREE and before.get(k) != now.get(k)]
         if differ:
@@ -32,7 +32,7 @@ def claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
                 "give another workdir"
             )
     try:
-        replace(path, config.to_json(indent=2) + "\n")
-        replace(workdir / "data.json", json.dumps(facts, indent=2) + "\n")
+        storage.replace(path, config.to_json(indent=2) + "\n")
+        storage.replace(workdir / "data.json", json.dumps(facts, indent=2) + "\n")
     except OSError as e:
         raise UserError(f"--workdir: '{workdir}' cannot be written ({e.strerror})") from e

@@ -36,9 +36,9 @@ from typing import Any
 
 import numpy as np
 
+from pwkd_jax import storage
 from pwkd_jax.errors import UserError
 from pwkd_jax.reporting import phrases
-from pwkd_jax.storage import replace
 
 FORMAT, VERSION = "pwkd_jax.summary", 1
 ORDER = ("alone", "kd_standard", "kd_whole", "kd_whole_cyclic", "pwkd", "pwkd_reversed", "pwkd_random")
@@ -90,18 +90,18 @@ def build(
 def write(summary: dict, workdir: str | os.PathLike) -> None:
     """Writes `summary.json` and `report.html` into `workdir`, each whole or not at all."""
     # The numbers first: no trouble with a picture may cost them.
-    replace(Path(workdir) / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    storage.replace(Path(workdir) / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     from pwkd_jax.reporting import page  # matplotlib, which nobody waits for before training begins
 
-    replace(Path(workdir) / "report.html", page.report(summary))
+    storage.replace(Path(workdir) / "report.html", page.report(summary))
 
 
 def read(path: str | os.PathLike) -> dict:
     """The summary in a work directory, or in a file. Raises UserError if there is none that this version can read."""
     path = Path(path)
-    file = path / "summary.json" if path.is_dir() else path
+    file = path / "summary.json" if storage.is_folder(path) else path
     try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
+        summary = json.loads(storage.read(file))
     except FileNotFoundError:
         raise UserError(
             f"{file} does not exist: give the work directory of a training that has ended, or its summary.json"

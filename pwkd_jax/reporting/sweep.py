@@ -11,13 +11,14 @@ import io
 import json
 from pathlib import Path
 
+from pwkd_jax import storage
 from pwkd_jax.errors import UserError
 from pwkd_jax.reporting import phrases
 from pwkd_jax.reporting import summary as summaries
 
 
 def is_root(path: Path) -> bool:
-    return (path / "sweep.json").is_file()
+    return storage.is_file(path / "sweep.json")
 
 
 def collect(root: Path) -> tuple[str, dict[str, dict], dict[str, dict], list[str]]:
@@ -26,7 +27,7 @@ def collect(root: Path) -> tuple[str, dict[str, dict], dict[str, dict], list[str
     Points that differ in `arms` and `seed` alone are one experiment, its runs put together.
     """
     try:
-        sweep = json.loads((root / "sweep.json").read_text())
+        sweep = json.loads(storage.read(root / "sweep.json"))
         points = [(p["name"], p["axes"], p["group"]) for p in sweep["points"]]
         name = sweep["name"]
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -34,7 +35,7 @@ def collect(root: Path) -> tuple[str, dict[str, dict], dict[str, dict], list[str
     groups: dict[str, list[dict]] = {}
     axes, unfinished = {}, []
     for point, own, group in points:
-        if not (root / point / "summary.json").is_file():
+        if not storage.is_file(root / point / "summary.json"):
             unfinished.append(point)
         elif group:
             groups.setdefault(group, []).append(summaries.read(root / point))

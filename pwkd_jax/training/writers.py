@@ -10,7 +10,7 @@ from pathlib import Path
 import tqdm
 from tensorboardX import SummaryWriter
 
-from pwkd_jax.storage import replace
+from pwkd_jax import storage
 from pwkd_jax.training import distributed
 
 
@@ -32,9 +32,8 @@ class Writer:
         self.rows = [row for row in rows if row["step"] <= start]
         if not distributed.primary():
             return
-        directory.mkdir(parents=True, exist_ok=True)
-        replace(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._file = self._path.open("a")
+        storage.replace(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._file = storage.append(self._path)
         self._events = SummaryWriter(str(directory), purge_step=start + 1, flush_secs=30) if tensorboard else None
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -69,7 +68,7 @@ class Writer:
 def read_rows(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl; a last line torn by a kill is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in storage.read(path).splitlines() if storage.exists(path) else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

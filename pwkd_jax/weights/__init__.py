@@ -22,10 +22,9 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pwkd_jax import data, models
+from pwkd_jax import data, models, storage
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import costs
-from pwkd_jax.storage import replace
 
 
 class Network(NamedTuple):
@@ -70,8 +69,8 @@ def write(path: Path, variables: dict, card: dict) -> None:
     """Write `path` (FILE.safetensors) and its card beside it; both are whole at every instant. Raises OSError."""
     arrays = {key: np.ascontiguousarray(jax.device_get(x)) for key, x in flatten_dict(variables, sep="/").items()}
     metadata = {"format": "pwkd_jax", "card": json.dumps(card)}
-    replace(path, safetensors.numpy.save(arrays, metadata))
-    replace(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
+    storage.replace(path, safetensors.numpy.save(arrays, metadata))
+    storage.replace(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
 
 
 def save(network: Any, path: str | Path) -> None:
@@ -146,8 +145,8 @@ def tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def refuse_missing(path: Path) -> None:
     """UserError unless `path` is a file."""
-    if not path.is_file():
-        raise UserError(f"{path}: {'is a directory' if path.is_dir() else 'there is no such file'}")
+    if not storage.is_file(path):
+        raise UserError(f"{path}: {'is a directory' if storage.is_folder(path) else 'there is no such file'}")
 
 
 def mismatches(variables: dict, like: dict) -> list[str]:
