@@ -106,6 +106,10 @@ class Slimmable:
     batch_norm: str
     masked: bool
 
+    def __repr__(self) -> str:
+        widths = ", ".join(f"{w:g}" for w in sorted(self.widths))
+        return f"Slimmable({type(self.members[self.widest]).__name__} at widths {widths}, {self.batch_norm} batch norm)"
+
     @property
     def widths(self) -> tuple[float, ...]:
         return tuple(self.members)
@@ -194,6 +198,11 @@ def build(
     pool: further widths that sandwich sampling may draw. Raises UserError where a width does not fit the family, and
     where a narrow member is not the leading block of the widest (the family then cannot be slimmed), by path.
     """
+    for name, value, known in (("batch_norm", batch_norm, BATCH_NORMS), ("execution", execution, ("take", "mask"))):
+        if value not in known:
+            raise UserError(f"teacher.{name}: {value!r} is not possible; it should be one of {', '.join(known)}")
+    if not widths or any(not 0 < w <= 1 for w in (*widths, *pool)) or len(set(widths)) < len(widths):
+        raise UserError(f"teacher.widths: {tuple(widths)} is not possible; they should be different numbers in (0, 1]")
     ordered = sorted({*widths, *pool}, reverse=True)
     members = {w: make(w) for w in ordered}
     likes = {}
@@ -208,11 +217,20 @@ def build(
                 f"teacher.model: at width {w:g} '{bad}' is not a leading block of the same array at width "
                 f"{ordered[0]:g}, so this family cannot be slimmed"
             )
+    if len(ordered) > 1 and _sizes(likes[ordered[0]]) == _sizes(likes[ordered[-1]]):
+        raise UserError(
+            f"teacher.model: has the same arrays at width {ordered[-1]:g} as at {ordered[0]:g}; a slimmable family has fewer "
+            "channels where its `width` is smaller, as in channels(64, self.width)"
+        )
     table = tuple(w for w in ordered if w in widths)
     net = Slimmable(members, likes, table, batch_norm, execution == "mask")
     if net.masked:
         refuse_masking(net, image_shape)
     return net
+
+
+def _sizes(tree: dict) -> list[tuple[int, ...]]:
+    return [leaf.shape for leaf in jax.tree.leaves(tree)]
 
 
 def make_slimmable(
@@ -229,6 +247,13 @@ def make_slimmable(
 
     options: its other fields, such as num_classes=10. widths, batch_norm, execution, pool: see `build`, which raises UserError.
     """
+
+    if isinstance(model, nn.Module) or (not callable(model) and not isinstance(model, str)):
+        raise UserError(f"model: should be a Flax module's class or a built-in model's name, and this is {model!r}")
+    if not isinstance(widths, Sequence) or isinstance(widths, str) or not all(isinstance(w, (int, float)) for w in widths):
+        raise UserError(f"widths: {widths!r} is not possible; give several, as in (0.25, 0.5, 1.0)")
+    if not isinstance(image_shape, Sequence) or len(image_shape) != 3 or any(int(n) != n or n < 1 for n in image_shape):
+        raise UserError(f"image_shape: {image_shape!r} is not possible; give (height, width, channels)")
 
     def make(width: float) -> nn.Module:
         return models.create(model, width=width, **options) if isinstance(model, str) else model(width=width, **options)

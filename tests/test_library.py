@@ -295,6 +295,124 @@ def test_mistakes_while_training_are_refused_in_a_sentence(task, teacher):
         pwkd.task(drawn(8), test=(np.zeros((4, 9, 9, 1)), np.zeros(4, int)))
 
 
+class Constant(nn.Module):
+    """A module that does not get narrower."""
+
+    width: float = 1.0
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+def pupil() -> Tiny:
+    return Tiny(width=0.5, num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda t, n, k: pwkd.distil(Tiny, t, k), "student: Tiny is a class; give a module made of it"),
+        (lambda t, n, k: pwkd.distil("resnet8", t, k), "student: 'resnet8' is a name; give a module"),
+        (lambda t, n, k: pwkd.distil(Tiny(num_classes=5), t, k), r"student: gives \[5\] numbers an image for 3 classes"),
+        (lambda t, n, k: pwkd.distil(pupil(), n, k), "teacher: should be a Teacher or a Network.*Slimmable"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, drawn(9)), "task: should be made by pwkd_jax.task.*tuple"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, distiller=Hint), "distiller: Hint is a class"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, distiller=lambda *_: 0), "distiller: should be a Flax module"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, connectors="leadng"), "connectors: 'leadng'"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, reset=("optimiser",)), "reset: 'optimiser'"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, optimizer="adam"), "optimizer: should be an optax"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, optimizer=optax.adamw), "optimizer: should be an optax"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, learning_rate="0.1"), "learning_rate: '0.1'"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, learning_rate=-1), "learning_rate: -1"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, duration=2.5), "duration: 2.5"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, batch_size=0), "batch_size: 0"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, seed="a"), "seed: 'a'"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, plan=[]), "plan: has no stages"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, plan=[pwkd.Stage("slim", (0.5,), 0, 4)]), "stage 1, teacher: 'slim'"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, plan=[pwkd.Stage("slimmable", (1.0,), 2, 4)]), "goes from step 2 to 4"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, duration=4, metrics=lambda o, y: 3), "metrics: should return"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, duration=4, metrics=lambda o, y: {"top1": y}), "'top1' is a name of ours"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, duration=4, metrics=lambda o, y: {"m": y.sum()}), "one value an image"),
+        (lambda t, n, k: pwkd.train_teacher(n, k, loss="inplac"), "loss: 'inplac'"),
+        (lambda t, n, k: pwkd.train_teacher(n, k, sampling="sandwch"), "sampling: 'sandwch'"),
+        (lambda t, n, k: pwkd.train_teacher(n, k, reduction="avg"), "reduction: 'avg'"),
+        (lambda t, n, k: pwkd.train_teacher(Tiny(), k), "net: should come of pwkd_jax.make_slimmable"),
+        (lambda t, n, k: pwkd.make_slimmable(Tiny(), (0.5, 1.0), SHAPE), "should be a Flax module's class"),
+        (lambda t, n, k: pwkd.make_slimmable(Tiny, 0.5, SHAPE), "widths: 0.5 is not possible"),
+        (lambda t, n, k: pwkd.make_slimmable(Tiny, (), SHAPE), r"widths: \(\) is not possible"),
+        (lambda t, n, k: pwkd.make_slimmable(Tiny, (0.5, 25), SHAPE), r"in \(0, 1\]"),
+        (lambda t, n, k: pwkd.make_slimmable(Tiny, (0.5, 1.0), 8), "image_shape: 8"),
+        (lambda t, n, k: pwkd.make_slimmable(Tiny, (0.5, 1.0), SHAPE, batch_norm="switch"), "batch_norm: 'switch'"),
+        (lambda t, n, k: pwkd.make_slimmable(Constant, (0.5, 1.0), SHAPE), "the same arrays at width 0.5 as at 1"),
+        (lambda t, n, k: pwkd.create_distiller("kd", temprature=2.0), "temprature: 'kd' has no such option"),
+        (lambda t, n, k: pwkd.create_distiller("kd", temperature="hot"), "temperature: 'hot' is not a number"),
+        (lambda t, n, k: pwkd.create_distiller("kd+at", **{"kd.temprature": 2.0}), "kd.temprature: 'kd.at' has no such"),
+        (lambda t, n, k: pwkd.learning_rate([(0, 4)], form="cosin", peak=0.1), "form: there is no 'cosin'"),
+        (lambda t, n, k: pwkd.save(t, "t.safetensors"), "a teacher is saved as a folder"),
+        (lambda t, n, k: pwkd.save(t.at(1.0), "t"), "should be a name ending in .safetensors"),
+        (lambda t, n, k: pwkd.score(t, pwkd.task(drawn(9))), "has no test images"),
+        (lambda t, n, k: pwkd.score(pupil(), k), "network: should be a Student, a Teacher or a Network"),
+        (lambda t, n, k: pwkd.score(t, (np.zeros((4, 9, 9, 1)), np.zeros(4, int))), r"images: are \[9, 9, 1\]"),
+        (lambda t, n, k: pwkd.score(t, (np.zeros((4, *SHAPE)), np.full(4, 7))), "a label is 7"),
+        (lambda t, n, k: t.logits(np.zeros(SHAPE)), r"this network takes \[B, \*\[8, 8, 1\]\]"),
+        (lambda t, n, k: pwkd.task((np.full((4, *SHAPE), np.nan), np.zeros(4, int))), "not finite"),
+        (lambda t, n, k: pwkd.task((np.full((4, *SHAPE), 255.0), np.zeros(4, int))), "float pixels reach 255"),
+        (lambda t, n, k: pwkd.task((np.zeros((4, 3, 32, 32)), np.zeros(4, int))), "channels first"),
+        (lambda t, n, k: pwkd.task((np.zeros((0, *SHAPE)), np.zeros(0, int))), "there are 0 images"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_refused_before_anything_is_compiled(call, sentence, teacher, net, task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(pwkd.UserError, match=sentence):
+        call(teacher, net, task)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_holds_one_run(task, net, teacher, tmp_path):
+    """The same call goes on; another one is refused, whatever it changed, and the first one's files stay."""
+    options = {"duration": 4, "batch_size": 16, "label": "", "directory": tmp_path / "s"}
+    first = pwkd.distil(pupil(), teacher, task, **options)
+    again = pwkd.distil(pupil(), teacher, task, **options)
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (first.state, again.state)), strict=True))
+    other = pwkd.train_teacher(net, task, duration=2, batch_size=16, label="", directory=tmp_path / "t")
+    changed = {
+        "distiller": {"distiller": "dkd"}, "seed": {"seed": 3}, "plan": {"arm": "pwkd_reversed"},
+        "learning rate": {"learning_rate": 0.5}, "optimizer": {"optimizer": optax.adam(0.1)}, "batch size": {"batch_size": 8}, "connectors": {"connectors": "reinit"},
+    }  # fmt: skip
+    for key, changes in changed.items():
+        with pytest.raises(pwkd.UserError, match=f"holds a run whose {key} was|whose plan was"):
+            pwkd.distil(pupil(), teacher, task, **options | changes)
+    with pytest.raises(pwkd.UserError, match="whose teacher was"):
+        pwkd.distil(pupil(), other, task, **options)
+    with pytest.raises(pwkd.UserError, match="whose plan was"):
+        pwkd.distil(pupil(), teacher, task, **options | {"duration": 8})
+    swapped = pwkd.task(drawn(96, 7), test=drawn(40, 1))
+    with pytest.raises(pwkd.UserError, match="whose data was"):
+        pwkd.distil(pupil(), teacher, swapped, **options)
+    with pytest.raises(pwkd.UserError, match="whose kind was 'student', not 'teacher'"):
+        pwkd.train_teacher(net, task, **options)
+    kept = pwkd.load(tmp_path / "s", model=pupil())
+    np.testing.assert_array_equal(kept.logits(task.test.images), first.logits(task.test.images))
+    loaded = pwkd.load_teacher(tmp_path / "t", net)
+    np.testing.assert_array_equal(loaded.logits(task.test.images), other.logits(task.test.images))
+
+
+def test_a_teacher_sees_the_images_as_it_was_taught(task, teacher):
+    """A task that normalises otherwise would feed it other images than it learnt from."""
+    other = pwkd.task((task.train.images, task.train.labels), mean=(0.5,), std=(0.25,))
+    with pytest.raises(pwkd.UserError, match=r"another mean than the task's; make the task with mean=\(0\.0000,\)"):
+        pwkd.distil(pupil(), teacher, other, label="")
+    fits = pwkd.task((task.train.images, task.train.labels), mean=(0.0,), std=(1.0,))
+    pwkd.distil(pupil(), teacher, fits, duration=2, batch_size=16, label="")
+
+
+def test_what_a_cell_shows_is_short(task, net, teacher):
+    student = pwkd.distil(pupil(), teacher, task, duration=2, batch_size=16, label="")
+    for value in (task, net, teacher, student, teacher.at(0.5)):
+        assert len(repr(value)) < 120 and "\n" not in repr(value), repr(value)
+
+
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "pwkd_jax/examples").glob("own_*.py")))
 def test_the_examples_run(name, tmp_path):
     command = [sys.executable, "-m", f"pwkd_jax.examples.{name}"]

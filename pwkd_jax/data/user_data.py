@@ -36,6 +36,7 @@ class Batches:
         self.dtype, self.keys = example["image"].dtype, tuple(example)
         if not images and not hasattr(batches, "__len__"):
             raise UserError("an iterable without a length has no epochs; give pwkd_jax.Batches(iterable, images=...)")
+        self.num_classes = 0  # that labels are held to, once it is known
         self._images = images or len(batches) * self.batch_size
 
     def __len__(self) -> int:
@@ -73,6 +74,10 @@ class Batches:
         if batch is None:
             raise UserError(f"the iterable of batches ended before step {step + 1}; give one that lasts, or can begin again")
         batch = _batch(batch)
+        if batch["image"].dtype != self.dtype:
+            raise UserError(f"the images of step {step + 1} are {batch['image'].dtype}, and the first were {self.dtype}")
+        if self.num_classes and int(batch["label"].max()) >= self.num_classes:
+            raise UserError(f"a label of step {step + 1} is {int(batch['label'].max())}, of {self.num_classes} classes")
         if batch["image"].shape != (self.batch_size, *self.image_shape):
             raise UserError(
                 f"the batch of step {step + 1} is {list(batch['image'].shape)}, and the first was "

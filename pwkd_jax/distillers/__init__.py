@@ -23,6 +23,7 @@ logits in evaluation.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -110,14 +111,32 @@ def fields(name: str) -> dict[str, Any]:
     return result
 
 
-def create(name: str, **options) -> nn.Module:
-    """The distiller `name` (or sum of methods) with `options` as `fields` gives them."""
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value}; groups may be dictionaries or dotted already."""
+    found = {}
+    for key, value in options.items():
+        found |= _flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value}
+    return found
+
+
+def create(name: str, **options: Any) -> nn.Module:
+    """The distiller `name` (or sum of methods) with `options` as `fields` gives them; those of a method in a sum as a group,
+    kd={"temperature": 2.0}, or by dotted keys, **{"kd.temperature": 2.0}. Raises UserError for an option that there is not."""
+    if not isinstance(name, str):
+        raise UserError(f"student.distiller.name: should be a name, and this is a {type(name).__name__}")
+    given, known = _flat(options), _flat(fields(name))
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(f"{key}: '{name}' has no such option; it has {', '.join(known)}")
+        if isinstance(known[key], float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UserError(f"{key}: {value!r} is not a number")
     if len(parts := _parts(name)) > 1:
-        made = tuple(_class(part)(**dict(options.get(part, {}))) for part in parts)
+        groups = {part: {k.partition(".")[2]: v for k, v in given.items() if k.startswith(f"{part}.")} for part in parts}
+        made = tuple(_class(part)(**groups[part]) for part in parts)
         if judges := [part for part, method in zip(parts, made, strict=True) if hasattr(method, "predict")]:
             raise UserError(f"name: {judges[0]} replaces the student's predictions, so it cannot be part of a sum")
-        return Sum(made, ce_weight=options.get("ce_weight", fields(name)["ce_weight"]))
-    return _class(name)(**options)
+        return Sum(made, ce_weight=given.get("ce_weight", known["ce_weight"]))
+    return _class(name)(**given)
 
 
 class Sum(nn.Module):

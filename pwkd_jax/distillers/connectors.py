@@ -100,7 +100,12 @@ class Distillation:
                 f"student.distiller: {type(self.distiller).__name__} has {kinds} of its own, which a loss alone would lose; "
                 "make them with init(key) and call the distillation itself"
             )
+        if (width or widest) not in self.likes:
+            raise UserError(f"width: {width:g} is none of the teacher's, {', '.join(f'{w:g}' for w in sorted(self.likes))}")
         batch = batch if isinstance(batch, Mapping) else {"label": batch}
+        labels = batch["label"]
+        if jnp.ndim(labels) != 1 or not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
+            raise UserError("labels: should be whole numbers [B], one an image; of one-hot rows take argmax(-1)")
         outputs = (models.as_outputs(student), models.as_outputs(teacher))
         value, _, metrics = self({}, {}, width or widest, *outputs, batch, START, jax.random.key(0))
         return value, metrics

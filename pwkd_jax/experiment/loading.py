@@ -68,8 +68,9 @@ def open_network(target: str | Path, width: float | None = None, model: str | nn
     """The trained network that `target` names: a run of a workdir, a checkpoint in it, or a .safetensors file.
 
     width: of a slimmable teacher, its widest by default. model: the Flax module of a file that holds your own, or its
-    `module:Name`. Raises UserError.
+    `module:Name`. A directory that the library's `distil` was given is a target too. Raises UserError.
     """
+    target = Path(target) / weights.STUDENT if storage.is_file(Path(target) / weights.STUDENT) else target
     if isinstance(model, str):
         return load(str(target), width, model)[0]
     variables, card = weights.read(Path(target), network=model)

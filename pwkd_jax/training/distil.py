@@ -17,7 +17,7 @@ from pwkd_jax.distillers import Distillation
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import precision
 from pwkd_jax.stages import Stage
-from pwkd_jax.training import dispatch, distributed, loop, schedules, sharding, students_together
+from pwkd_jax.training import arguments, dispatch, distributed, loop, record, schedules, sharding, students_together
 from pwkd_jax.training import state as states
 from pwkd_jax.training import student as students
 from pwkd_jax.training.state import State
@@ -28,7 +28,7 @@ from pwkd_jax.weights import Network
 
 def fit(
     student: nn.Module, teacher: "Teacher | Network", task: Task, distiller: str | nn.Module | Distillation = "kd", *,
-    batch_size: int = 64, standardise: bool = False,
+    batch_size: int | None = None, standardise: bool = False,
 ) -> Distillation:  # fmt: skip
     """A distiller fitted to a student and every sub-network of a teacher, by shapes alone: its loss for a loop of your own.
 
@@ -37,8 +37,12 @@ def fit(
     """
     if isinstance(distiller, Distillation):
         return distiller
+    if not isinstance(distiller, str):
+        arguments.module("distiller", distiller)
     method = distillers.create(distiller) if isinstance(distiller, str) else distiller
-    net, size = as_teacher(teacher).net, getattr(task.train, "batch_size", batch_size)
+    arguments.task(task)
+    arguments.module("student", student)
+    net, size = as_teacher(teacher).net, arguments.batch_size(task, batch_size)
     return distillers.fit(
         method, student, net.members, task.image_shape, batch_size=size, images=len(task.train) if task.labels else 0,
         index="index" in getattr(task.train, "keys", ("index",)), standardise=standardise,
@@ -101,6 +105,10 @@ class Student:
         """What predicts, with the card that says how its images are normalised."""
         return Network(self.model, self.variables, self.card)
 
+    def __repr__(self) -> str:
+        name, width = self.card["model"], self.card["width"]
+        return f"Student({name} at width {width:g}, {self.card['parameters']:,} parameters, {len(self.rows)} rows)"
+
     def logits(self, images: jax.Array) -> jax.Array:
         """Logits [B, classes] of uint8 images [B, H, W, C], or of float ones as it was trained on."""
         return self.network.logits(images)
@@ -108,6 +116,8 @@ class Student:
     def save(self, path: str | Path) -> None:
         """Write FILE.safetensors and its card. Raises UserError for a student that predicts through its teacher, and
         OSError."""
+        if Path(path).suffix != ".safetensors":
+            raise UserError(f"{path}: should be a name ending in .safetensors")
         if isinstance(self.model, students.Assisted):
             raise UserError(f"{path}: this student predicts through its teacher's classifier, which weights alone do not hold")
         variables = distributed.fetch(self.variables)
@@ -135,7 +145,7 @@ def distil(
     arm: str = "pwkd",
     duration: str | int = "60 epochs",
     plan: Sequence[Stage] | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     optimizer: optax.GradientTransformation | states.Rule | None = None,
     learning_rate: float | Callable[[jax.Array], jax.Array] | None = None,
     seed: int | Sequence[int] = 0,
@@ -168,10 +178,25 @@ def distil(
     the loss is not finite.
     """
     teacher = None if teacher is None else as_teacher(teacher)
-    images, size = len(task.train), getattr(task.train, "batch_size", batch_size)
+    arguments.task(task)
+    arguments.module("student", student)
+    arguments.optimizer(optimizer, learning_rate)
+    arguments.one_of("connectors", connectors, ("leading", "reinit"))
+    for word in reset:
+        arguments.one_of("reset", word, ("momentum", "batch_norm", "weights"))
+    images, size = len(task.train), arguments.batch_size(task, batch_size)
     if plan is None:
-        steps = duration if isinstance(duration, int) else schedules.steps(duration, "duration", batch_size=size, images=images)
+        arguments.duration(duration)
+        steps = schedules.steps(duration, "duration", batch_size=size, images=images) if isinstance(duration, str) else duration
         plan = stages.even("alone" if teacher is None else arm, teacher.widths if teacher else (), steps)
+    arguments.plan(plan)
+    if not compiled and not several:
+        arguments.seed(seed)
+        arguments.fits("student", student, task.image_shape, task.num_classes)
+        if teacher:
+            _refuse_unlike(teacher, task)
+    if teacher is None and any(s.widths for s in plan):
+        raise UserError("teacher: the plan has stages that are taught, and there is none; give one, or leave the plan away")
     if teacher and (missing := {w for s in plan for w in s.widths} - {*teacher.variables}):
         raise UserError(f"plan: a stage is taught at width {min(missing):g}, which the teacher does not have: {teacher.widths}")
     distillation = fit(student, teacher, task, distiller, batch_size=size) if teacher else None
@@ -180,7 +205,7 @@ def distil(
     rule = states.rule(optimizer, learning_rate, lambda peak: schedules.learning_rate(spans, form="cosine", peak=peak))
     create, stepping = compiled or programs(
         student, teacher.net.members if teacher else {}, plan, distillation, task, rule, same_crop=same_crop,
-        data_seed=data_seed, several=several, sharding_how=sharding, start=start, metrics=metrics,
+        data_seed=data_seed, several=several, sharding_how=sharding, start=start, metrics=arguments.own_metrics(metrics),
     )  # fmt: skip
     init = jax.vmap(rule.direction.init) if several else rule.direction.init
     seed = np.asarray(seed, np.uint32) if several else seed
@@ -207,6 +232,15 @@ def distil(
     ]
     state, directory = fresh(), directory and Path(directory)
     overview = parameter_overview.get_parameter_overview(state.params)
+    if directory and not compiled and not several:
+        record.claim(directory, {
+            "kind": "student", **record.of_data(task), "model": repr(precision.plain(student)),
+            "teacher": None if teacher is None else record.digest(teacher.variables), "distiller": _named(distiller),
+            "plan": [list(s) for s in plan], "batch size": size, "seed": int(seed), "data seed": data_seed,
+            "optimizer": str(jax.tree.structure(state.opt_state)), "learning rate": record.schedule(rule.schedule, ends[-1]),
+            "start": None if start is None else record.digest(start), "same crop": same_crop, "reset": list(reset),
+            "connectors": connectors,
+        })  # fmt: skip
     if directory:
         distributed.write(directory / "parameters.txt", overview + "\n")
     order = data_seed if data_seed is not None else int(np.ravel(seed)[0])
@@ -218,4 +252,25 @@ def distil(
     kept = loop.snapshots(directory, state, ends) if directory and len(ends) > 1 else [state]
     own = task.place(students_together.member(state, 0)) if several else state
     model, variables = judged(student, distillation, plan, teacher, own)
-    return Student(model, variables, task.card(precision.plain(student), {"steps": ends[-1]}), rows, state, kept)
+    found = Student(model, variables, task.card(precision.plain(student), {"steps": ends[-1]}), rows, state, kept)
+    if directory and not compiled and not isinstance(model, students.Assisted):
+        found.save(directory / weights.STUDENT)
+    return found
+
+
+def _refuse_unlike(teacher: Teacher, task: Task) -> None:
+    """UserError for a teacher whose images were of another shape, other classes or another normalisation."""
+    card = teacher.cards[max(teacher.variables)]
+    if tuple(card["image_shape"]) != task.image_shape or card["num_classes"] != task.num_classes:
+        raise UserError(
+            f"teacher: takes {card['image_shape']} images and knows {card['num_classes']} classes, but the task has "
+            f"{list(task.image_shape)} images in {task.num_classes} classes"
+        )
+    for key in ("mean", "std"):
+        if np.abs(np.subtract(card[key], getattr(task, key))).max() > 1e-3:
+            given = ", ".join(f"{key}=({', '.join(f'{x:.4f}' for x in card[key])},)" for key in ("mean", "std"))
+            raise UserError(f"teacher: its images were normalised by another {key} than the task's; make the task with {given}")
+
+
+def _named(distiller: str | nn.Module | Distillation) -> str:
+    return repr(distiller.distiller) if isinstance(distiller, Distillation) else str(distiller)

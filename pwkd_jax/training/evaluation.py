@@ -109,11 +109,22 @@ def score(network: Any, images: Any, *, teacher: Any = None, batch_size: int = 2
     network, teacher: a `Student`, a `Network`, or a `Teacher`, which is scored at its widest (`teacher.at(0.5)` is a network of
     its own). images: (images, labels), a split, or a `Task`, whose test images are meant.
     """
-    split = data.as_split(getattr(images, "test", images))
+    images = getattr(images, "test", images)
+    if images is None:
+        raise UserError("images: this task has no test images; give it some (test=), or (images, labels) here")
+    split = data.as_split(images)
 
     def of(x: Any) -> Network:
-        return x.network if hasattr(x, "network") else x.at() if hasattr(x, "at") else x
+        found = x.network if hasattr(x, "network") else x.at() if hasattr(x, "cards") else x
+        if not hasattr(found, "card"):
+            raise UserError(f"network: should be a Student, a Teacher or a Network, and this is a {type(x).__name__}")
+        return found
 
+    card = of(network).card
+    if list(split.image_shape) != list(card["image_shape"]):
+        raise UserError(f"images: are {list(split.image_shape)}, and this network takes {card['image_shape']}")
+    if isinstance(split, data.Split) and len(split) and int(split.labels.max()) >= card["num_classes"]:
+        raise UserError(f"images: a label is {int(split.labels.max())}, and this network knows {card['num_classes']} classes")
     own, devices = predictor(of(network))
     beside = None if teacher is None else predictor(of(teacher))[0]
     return score_predictions(own, split, teacher=beside, batch_size=batch_size, devices=devices)

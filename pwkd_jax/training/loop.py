@@ -125,7 +125,8 @@ def run(
         found = running.flush()
         if not math.isfinite(found["train_loss"]):
             raise UserError(
-                f"{label}: the loss is {found['train_loss']} at step {at}; lower schedule.peak or set optimizer.clip_norm"
+                f"{label + ': ' if label else ''}the loss is {found['train_loss']} at step {at}; lower the learning rate "
+                "(schedule.peak) or clip the gradient (optimizer.clip_norm)"
             )
         row = {"epoch": at * batch_size / images, **found, "images_per_second": clock.rate(at, batch_size)}
         if evaluating:

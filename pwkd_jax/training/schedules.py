@@ -54,6 +54,8 @@ def cycle(
     both ends at floor * peak (Smith 2017); one_cycle: optax.cosine_onecycle_schedule (peak / 25 up, 1 / 25e4 down);
     constant. warmup: steps of linear rise before it, within the cycle.
     """
+    if form not in CYCLES:
+        raise UserError(f"form: there is no '{form}'; known are {', '.join(CYCLES)}")
     low, body = floor * peak, length - warmup
     if form == "cosine":
         shape = optax.cosine_decay_schedule(peak, body, alpha=floor)

@@ -34,6 +34,10 @@ class Task:
     on_device: str = "auto"
     steps_per_dispatch: int = 0
 
+    def __repr__(self) -> str:
+        tests = "no test images" if self.test is None else f"{len(self.test)} test images"
+        return f"Task({len(self.train)} training and {tests} of {list(self.image_shape)}, {self.num_classes} classes)"
+
     @property
     def image_shape(self) -> tuple[int, ...]:
         """[H, W, C]."""
@@ -85,6 +89,24 @@ class Task:
         return {"top1": found["top1"], "test_loss": found["loss"]}
 
 
+def _refuse_odd_images(train: Any, mean: Sequence[float]) -> None:
+    """UserError for images that no network could learn from as they are."""
+    shape = tuple(train.image_shape)
+    if len(train) == 0 or min(shape) < 1:
+        raise UserError(f"train: there are {len(train)} images of {list(shape)}")
+    if shape[-1] > 4 and shape[0] in (1, 3):
+        raise UserError(f"train: images are {list(shape)}, which looks like channels first; give [N, H, W, C]")
+    if not isinstance(train, data.Split) or train.images.dtype == np.uint8:
+        return
+    if not np.isfinite(train.images).all():
+        raise UserError("train: some pixels are not finite numbers")
+    if not len(mean) and np.abs(train.images[:1000]).max() > 20:
+        raise UserError(
+            f"train: float pixels reach {np.abs(train.images[:1000]).max():g}; give uint8 images, pixels in [0, 1], or mean "
+            "and std"
+        )
+
+
 def task(
     train: Any,
     test: Any = None,
@@ -109,11 +131,14 @@ def task(
     if test is not None and tuple(test.image_shape) != tuple(train.image_shape):
         raise UserError(f"test images are {list(test.image_shape)}, and training images {list(train.image_shape)}")
     in_memory = isinstance(train, data.Split)
+    _refuse_odd_images(train, mean)
     if not num_classes:
         if not in_memory:
             raise UserError("num_classes: an iterable of batches does not tell how many classes there are; give num_classes")
         num_classes = int(np.max(train.labels)) + 1
     for split in (train, test):
+        if isinstance(split, data.Batches):
+            split.num_classes = num_classes
         if isinstance(split, data.Split) and len(split) and int(split.labels.max()) >= num_classes:
             raise UserError(f"num_classes: a label is {int(split.labels.max())}, which {num_classes} classes do not have")
     if not mean:
@@ -125,8 +150,9 @@ def task(
             mean, std = data.channel_statistics(train.images)
         else:
             raise UserError("mean: uint8 images of an iterable cannot be measured; give mean and std, of pixels in [0, 1]")
-    if len(mean) != train.image_shape[-1] or len(std) != len(mean):
-        raise UserError(f"mean and std: should have {train.image_shape[-1]} numbers each, one a channel")
+    channels = train.image_shape[-1]
+    if np.shape(mean) != (channels,) or np.shape(std) != (channels,) or not all(s > 0 for s in std):
+        raise UserError(f"mean and std: should have {channels} numbers each, one a channel, and those of std above 0")
     mesh = mesh or sharding.make_mesh()
     evaluator = None
     if test is not None:

@@ -13,7 +13,7 @@ from pwkd_jax import data, models, slimmable, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import precision
 from pwkd_jax.slimmable import Slimmable
-from pwkd_jax.training import device_gradients, dispatch, distributed, loop, metrics, schedules, sharding
+from pwkd_jax.training import arguments, device_gradients, dispatch, distributed, loop, metrics, record, schedules, sharding
 from pwkd_jax.training import state as states
 from pwkd_jax.training.sharding import place
 from pwkd_jax.training.state import State, apply_gradients, rng
@@ -122,8 +122,18 @@ class Teacher:
             raise UserError(f"width: this teacher has {', '.join(f'{w:g}' for w in self.widths)}, not {width:g}")
         return Network(self.net.members[width], self.variables[width], self.cards[width])
 
+    def __repr__(self) -> str:
+        name = self.cards[max(self.variables)]["model"]
+        return f"Teacher({name} at widths {', '.join(f'{w:g}' for w in self.widths)}, {len(self.rows)} rows)"
+
+    def logits(self, images: jax.Array, width: float | None = None) -> jax.Array:
+        """Logits [B, classes] of its sub-network at `width`, see `Network.logits`."""
+        return self.at(width).logits(images)
+
     def save(self, directory: str | Path) -> None:
-        """Write width_W.safetensors for every width, and their cards. Raises OSError."""
+        """Write width_W.safetensors for every width, and their cards, into a folder. Raises UserError, OSError."""
+        if Path(directory).suffix == ".safetensors":
+            raise UserError(f"{directory}: a teacher is saved as a folder, of one file a width; give a folder's name")
         fetched = {w: distributed.fetch(v) for w, v in self.variables.items()}
         if distributed.primary():
             found = {w: Network(self.net.members[w], v, self.cards[w]) for w, v in fetched.items()}
@@ -143,6 +153,9 @@ def as_teacher(given: "Teacher | Network") -> Teacher:
     """Any trained network as a teacher of one width, 1."""
     if isinstance(given, Teacher):
         return given
+    if not hasattr(given, "card"):
+        raise UserError(f"teacher: should be a Teacher or a Network, trained or loaded, and this is a {type(given).__name__}")
+    given = getattr(given, "network", given)
     variables = {"params": given.variables["params"], "batch_stats": given.variables.get("batch_stats", {})}
     shape = tuple(given.card["image_shape"])
     net = Slimmable({1.0: given.model}, {1.0: models.abstract(given.model, shape)}, (1.0,), "switchable", False)
@@ -154,7 +167,7 @@ def train_teacher(
     task: Task,
     *,
     duration: str | int = "60 epochs",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     optimizer: optax.GradientTransformation | states.Rule | None = None,
     learning_rate: float | Callable[[jax.Array], jax.Array] | None = None,
     loss: str = "hard",
@@ -187,13 +200,27 @@ def train_teacher(
     rows) -> the card of a sub-network, see `weights`. compiled: of `programs`, to use again. Raises UserError where something
     does not fit or the loss is not finite.
     """
-    images, size = len(task.train), getattr(task.train, "batch_size", batch_size)
-    total = duration if isinstance(duration, int) else schedules.steps(duration, "duration", batch_size=size, images=images)
+    if not isinstance(net, Slimmable):
+        raise UserError(f"net: should come of pwkd_jax.make_slimmable, and this is a {type(net).__name__}")
+    arguments.task(task)
+    arguments.optimizer(optimizer, learning_rate)
+    arguments.duration(duration)
+    arguments.one_of("loss", loss, ("hard", "inplace", "inplace_mix"))
+    arguments.one_of("sampling", sampling, ("all", "sandwich"))
+    arguments.one_of("reduction", reduction, ("sum", "mean"))
+    images, size = len(task.train), arguments.batch_size(task, batch_size)
+    if not compiled:
+        arguments.seed(seed)
+        arguments.fits("net", net.members[net.widest], task.image_shape, task.num_classes)
+        if misfit := slimmable.misfit(models.abstract(net.members[net.widest], task.image_shape), net.likes[net.widest]):
+            raise UserError(f"net: was made for other images than the task's {list(task.image_shape)} ('{misfit}' differs)")
+    total = schedules.steps(duration, "duration", batch_size=size, images=images) if isinstance(duration, str) else duration
     rule = states.rule(optimizer, learning_rate, lambda peak: schedules.learning_rate([(0, total)], form="cosine", peak=peak))
-    sandwich = {"loss": loss, "sampling": sampling, "subnetworks": subnetworks, "reduction": reduction, "own": metrics}
+    sandwich = {"loss": loss, "sampling": sampling, "subnetworks": subnetworks, "reduction": reduction}
+    sandwich |= {"own": arguments.own_metrics(metrics)}
     create, step = compiled or programs(net, task, rule, sharding_how=sharding, start=start, **sandwich)
     calibrate = calibration and calibration.get("images") and make_calibration(
-        net, task.train, task.preprocess, task.mesh, **calibration
+        net, task.train, task.preprocess, task.mesh, **{"batch_size": size, "seed": 0, **calibration}
     )  # fmt: skip
 
     def frozen(state: State) -> dict[float, dict]:
@@ -210,6 +237,15 @@ def train_teacher(
     state = create(seed, start)
     widest = net.extract(state.params, state.collections, net.widest)["params"]
     overview = parameter_overview.get_parameter_overview(widest)
+    if directory and not compiled:
+        record.claim(directory, {
+            "kind": "teacher", **record.of_data(task), "model": repr(precision.plain(net.members[net.widest])),
+            "widths": list(net.widths), "table": list(net.table), "batch norm": net.batch_norm, "masked": net.masked,
+            "steps": int(total), "batch size": size, "seed": int(seed), "loss": loss, "sampling": sampling,
+            "subnetworks": subnetworks, "reduction": reduction, "optimizer": str(jax.tree.structure(state.opt_state)),
+            "learning rate": record.schedule(rule.schedule, total),
+            "start": None if start is None else record.digest(start),
+        })  # fmt: skip
     if directory:
         distributed.write(directory / "parameters.txt", overview + "\n")
     state, rows = loop.run(
@@ -219,4 +255,7 @@ def train_teacher(
     )  # fmt: skip
     variables = frozen(state)
     make = cards or (lambda w, rows: task.card(precision.plain(net.members[w]), {"steps": total}))
-    return Teacher(net, variables, {w: make(w, rows) for w in variables}, rows)
+    found = Teacher(net, variables, {w: make(w, rows) for w in variables}, rows)
+    if directory and not compiled:
+        found.save(directory)
+    return found

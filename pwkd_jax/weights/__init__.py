@@ -26,6 +26,9 @@ from pwkd_jax import data, models, storage
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import costs
 
+# What the library leaves of a student in its directory.
+STUDENT = "student.safetensors"
+
 
 class Network(NamedTuple):
     """A trained network: a model that `models.apply` runs, its variables, and its card."""
@@ -34,8 +37,13 @@ class Network(NamedTuple):
     variables: dict
     card: dict
 
+    def __repr__(self) -> str:
+        return f"Network({self.card['model']} at width {self.card['width']:g}, {self.card.get('parameters', 0):,} parameters)"
+
     def logits(self, images: jax.Array, variables: dict | None = None) -> jax.Array:
         """Logits [B, classes] of uint8 images [B, H, W, C], or of float ones in [0, 1]. variables: in place of its own."""
+        if images.ndim != 4 or list(images.shape[1:]) != list(self.card["image_shape"]):
+            raise UserError(f"images: are {list(images.shape)}, and this network takes [B, *{self.card['image_shape']}]")
         images = data.normalise(images, self.card["mean"], self.card["std"])
         return models.apply(self.model, self.variables if variables is None else variables, images, train=False)[0].logits
 
@@ -77,6 +85,8 @@ def save(network: Any, path: str | Path) -> None:
     """Write a `Network`, or what has one (a `Student`), as FILE.safetensors with its card. Raises UserError, OSError."""
     if hasattr(network, "save"):
         return network.save(path)
+    if Path(path).suffix != ".safetensors":
+        raise UserError(f"{path}: should be a name ending in .safetensors")
     write(Path(path), network.variables, network.card)
 
 
