@@ -378,7 +378,8 @@ def test_a_directory_holds_one_run(task, net, teacher, tmp_path):
     other = pwkd.train_teacher(net, task, duration=2, batch_size=16, label="", directory=tmp_path / "t")
     changed = {
         "distiller": {"distiller": "dkd"}, "seed": {"seed": 3}, "plan": {"arm": "pwkd_reversed"},
-        "learning rate": {"learning_rate": 0.5}, "optimizer": {"optimizer": optax.adam(0.1)}, "batch size": {"batch_size": 8}, "connectors": {"connectors": "reinit"},
+        "learning rate": {"learning_rate": 0.5}, "optimizer": {"optimizer": optax.adam(0.1)},
+        "batch size": {"batch_size": 8}, "connectors": {"connectors": "reinit"},
     }  # fmt: skip
     for key, changes in changed.items():
         with pytest.raises(pwkd.UserError, match=f"holds a run whose {key} was|whose plan was"):
