@@ -3,10 +3,28 @@
 Elsewhere paths are only put together; `data` reads its records by itself, and Orbax and TensorBoard write their own.
 """
 
+import contextlib
+import json
 import os
 import shutil
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
+
+
+class Held(OSError):
+    """A lock is held by another process. holder: {"host", "pid", "since"} of it, {} where it has not said."""
+
+    def __init__(self, holder: dict):
+        super().__init__("held by another process")
+        self.holder = holder
 
 
 def replace(path: Path, content: str | bytes) -> None:
@@ -64,6 +82,39 @@ def holding(folder: Path, name: str) -> list[Path]:
     return sorted(p.parent for p in folder.rglob(name))
 
 
+def put_aside(folder: Path, ending: str) -> Path:
+    """Rename a folder to its name and `ending`, in place of what was called so; the new path. Raises OSError."""
+    aside = folder.with_name(folder.name + ending)
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
+
+
 def remove(folder: Path, missing_ok: bool = False) -> None:
     """Remove a folder with all that is in it. Raises OSError unless `missing_ok`."""
     shutil.rmtree(folder, ignore_errors=missing_ok)
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold `path`, a file that names its holder, until the end of the block. Raises Held, and OSError.
+
+    The kernel's lock on an open file: it ends with the process that holds it, however that ends, on local disks and on NFS 4
+    (whose server ends it when the client's lease runs out). The file stays. Without POSIX locks nothing is held.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                try:
+                    raise Held(json.loads(file.read())) from None
+                except ValueError:
+                    raise Held({}) from None
+            file.seek(0)
+            file.truncate()
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))
+            file.flush()
+        yield

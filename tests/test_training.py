@@ -1,6 +1,7 @@
 """The loop, the optimiser, both steps, and what a run leaves on disk."""
 
 import json
+import shutil
 
 import flax.linen as nn
 import jax
@@ -444,3 +445,59 @@ def test_names_that_orbax_would_write_to_one_place_are_refused(tmp_path):
     again = Checkpoints(tmp_path / "checkpoints")
     assert identical(again.restore(state), state)
     again.close()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Two checkpoints of one run, and their states."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    rng, kept, checkpoints = np.random.default_rng(0), [], Checkpoints(folder)
+    for n in (1, 2):
+        params = {"w": jnp.asarray(rng.standard_normal((40, 50)), jnp.float32)}
+        kept.append(states.create(n, params, {"n": {"m": jnp.arange(9.0)}}, optimizer()).replace(step=jnp.int32(n)))
+        checkpoints.save(n, kept[-1])
+    checkpoints.close()
+    return folder, kept
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(how, saved, tmp_path, capsys):
+    """25 bits flipped, and 25 files cut, at random places of the newest checkpoint: what is loaded is always what was saved."""
+    folder, kept = saved
+    rng, found = np.random.default_rng(len(how)), 0
+    for number in range(25):
+        copy = tmp_path / str(number) / "checkpoints"
+        shutil.copytree(folder, copy)
+        files = sorted(p for p in (copy / "2").rglob("*") if p.is_file() and p.stat().st_size)
+        path = files[rng.integers(len(files))]
+        content = bytearray(path.read_bytes())
+        place = int(rng.integers(len(content)))
+        if how == "flip":
+            content[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content if how == "flip" else content[:place])
+        checkpoints = Checkpoints(copy)
+        state = checkpoints.restore(kept[1])
+        said = capsys.readouterr().err
+        if int(state.step) == 2:
+            assert identical(state, kept[1]), path
+        else:
+            found += 1
+            assert identical(state, kept[0]) and f"{copy / '2'} is not a whole checkpoint" in said, said
+            assert (copy / "2.damaged").exists() and not (copy / "2").exists()
+            checkpoints.save(2, kept[1])
+        checkpoints.close()
+        again = Checkpoints(copy)
+        assert identical(again.restore(kept[1]), kept[1]) and again.steps == [1, 2]
+        again.close()
+    assert found >= 5  # others hit what Orbax keeps for itself, such as the time of a save
+
+
+def test_without_a_whole_checkpoint_there_is_none(saved, tmp_path):
+    folder, kept = saved
+    shutil.copytree(folder, tmp_path / "checkpoints")
+    for path in (tmp_path / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.restore(kept[0]) is None and checkpoints.steps == []
+    checkpoints.close()

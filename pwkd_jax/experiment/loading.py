@@ -14,7 +14,7 @@ from pwkd_jax import slimmable, stages, storage, weights
 from pwkd_jax.config import complete
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition
-from pwkd_jax.training import student
+from pwkd_jax.training import checkpoints, student
 from pwkd_jax.weights import Network
 
 KINDS = "a run (WORKDIR/teacher/slimmable, WORKDIR/students/pwkd/seed0), a checkpoint in it, or a .safetensors file"
@@ -135,10 +135,15 @@ def _student(target: str, workdir: Path, run: Path, step: int | None, width: flo
 def _checkpoint(run: Path, step: int) -> dict:
     path = run / "checkpoints" / str(step)
     try:
-        saved = ocp.checkpointables_metadata(path).metadata["state"]
+        metadata = ocp.checkpointables_metadata(path)
+        saved = metadata.metadata["state"]
         # Placed anew: it may have been saved on other devices than these.
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved)
-        return ocp.load_checkpointables(path, {"state": abstract})["state"]
+        state = ocp.load_checkpointables(path, {"state": abstract})["state"]
+        checkpoints.refuse_damage(path, state, checkpoints.facts(path, metadata)["crc32c"])
+        return state
+    except checkpoints.Damaged:
+        raise
     except Exception as e:  # Orbax and TensorStore raise of everything
         raise UserError(f"{path}: is not a whole checkpoint ({str(e).splitlines()[0]})") from e

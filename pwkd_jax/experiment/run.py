@@ -18,7 +18,7 @@ from pwkd_jax.experiment import results, shared_teachers
 from pwkd_jax.experiment.definition import Experiment, prepare
 from pwkd_jax.experiment.students import students
 from pwkd_jax.experiment.teachers import cost, teach
-from pwkd_jax.experiment.workdir import claim
+from pwkd_jax.experiment.workdir import claim, held
 from pwkd_jax.reporting import summary as reporting
 from pwkd_jax.reporting.environment import environment
 from pwkd_jax.training import distributed
@@ -33,8 +33,14 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     wanted = [t for t, widths in teaching.items() if widths]
     distillations = {t: experiment.distillation(t, teaching[t]) for t in wanted}
     distributed.together(lambda: shared_teachers.check(config, experiment.facts, wanted))
-    distributed.decide(lambda: claim(workdir, config, experiment.facts))
-    _announce(experiment, wanted)
+    with held(workdir):
+        distributed.decide(lambda: claim(workdir, config, experiment.facts))
+        _announce(experiment, wanted)
+        return _run(experiment, plans, wanted, distillations, workdir)
+
+
+def _run(experiment: Experiment, plans: dict, wanted: list[str], distillations: dict, workdir: Path) -> dict:
+    config = experiment.config
 
     taught = {name: functools.cache(functools.partial(teach, experiment, workdir, name)) for name in wanted}
     teacher_results = {name: results.result(workdir / "teacher" / name) or taught[name]()[1] for name in wanted}

@@ -1,6 +1,9 @@
-"""A workdir belongs to one config: claimed before anything is trained, refused to another."""
+"""A workdir belongs to one config, and while it trains to one command: claimed before anything is trained, refused to
+another."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -8,6 +11,7 @@ from ml_collections import ConfigDict
 from pwkd_jax import storage
 from pwkd_jax.config import leaves
 from pwkd_jax.errors import UserError
+from pwkd_jax.training import distributed
 
 # Keys that may change between two commands in one workdir: they add runs to it, or change nothing of a finished one.
 FREE = (
@@ -15,6 +19,27 @@ FREE = (
     "student.ensemble", "log.every", "log.tensorboard", "checkpoint.every", "mesh.model", "teacher.sharding",
     "student.sharding", "student.teacher_sharding", "student.together", "profile",
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """The workdir for this command alone until the end of the block, its processes being one. Raises UserError, on all of them,
+    where another command has it."""
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            try:
+                stack.enter_context(storage.lock(workdir / ".lock"))
+            except storage.Held as e:
+                who = "process {pid} on {host} since {since}".format(**e.holder) if e.holder else "another process"
+                raise UserError(
+                    f"--workdir: '{workdir}' is in use by {who}; wait until it ends, or give another workdir"
+                ) from e
+            except OSError as e:
+                raise UserError(f"--workdir: '{workdir}' cannot be written ({e.strerror})") from e
+
+        distributed.decide(take)
+        yield
 
 
 def claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
