@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pwkd_jax import storage
 from pwkd_jax.errors import UserError
 from pwkd_jax.weights.convert import convert
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pwkd_jax.convert", description=__doc__.partition("\n")[0])
     parser.add_argument("file", type=Path, help=".safetensors, .pth, .pt, .tar or .bin")
     parser.add_argument("--model", required=True, help="what it is, as in resnet32x4 or imagenet_ResNet34")
-    parser.add_argument("--out", type=Path, required=True, help="FILE.safetensors; its card goes beside it")
+    parser.add_argument("--out", required=True, help="FILE.safetensors; its card goes beside it")
     parser.add_argument("--image-size", type=int, help="of training; 224 for ImageNet models and transformers, otherwise 32")
     parser.add_argument("--channels", type=int, default=3, help="of the images")
     parser.add_argument("--mean", type=_numbers, help="by which images were normalised, as in 0.5,0.5,0.5; that of the "
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="what to leave out, as in 'teacher.*'")
     options = parser.parse_args(arguments)
     try:
-        card = convert(**vars(options))
+        card = convert(**vars(options) | {"out": storage.local("--out", options.out)})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

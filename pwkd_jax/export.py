@@ -16,8 +16,8 @@ Exits with code 2 and one sentence on a mistake.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from pwkd_jax import storage
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import loading
 from pwkd_jax.experiment.exporting import export
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and gives its exit code."""
     parser = argparse.ArgumentParser(prog="python -m pwkd_jax.export", description=__doc__.partition("\n")[0])
     parser.add_argument("target", help=loading.KINDS)
-    parser.add_argument("--out", type=Path, required=True, help="the directory to write")
+    parser.add_argument("--out", required=True, help="the directory to write")
     parser.add_argument("--width", type=float, help="of a slimmable teacher; its widest by default")
     parser.add_argument("--platforms", default="cpu,cuda,tpu", help="that the program should run on: cpu, cuda, rocm, tpu")
     parser.add_argument("--names", choices=("flax", "torch"), default="flax",
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="", help="module:Name, where a file's model is your own")
     options = parser.parse_args(arguments)
     try:
-        paths = export(**vars(options))
+        paths = export(**vars(options) | {"out": storage.local("--out", options.out)})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,12 +6,15 @@ Elsewhere paths are only put together; `data` reads its records by itself, and O
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from pwkd_jax.errors import UserError
 
 try:
     import fcntl
@@ -25,6 +28,17 @@ class Held(OSError):
     def __init__(self, holder: dict):
         super().__init__("held by another process")
         self.holder = holder
+
+
+def local(option: str, text: str | Path) -> Path:
+    """The path that a user wrote, ~ being their home. Raises UserError for an address such as gs://bucket/x.
+
+    option: what gave it, for the error. pathlib would make a folder `gs:` of it.
+    """
+    text = str(text)
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text):
+        raise UserError(f"{option}: '{text}' is an address, not a folder; give one, or mount {scheme[1]} as one")
+    return Path(text).expanduser()
 
 
 def replace(path: Path, content: str | bytes) -> None:

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pwkd_jax import train
+from pwkd_jax import storage, train
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment.sweep import Point, chosen, command, load, write
 
@@ -31,15 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pwkd_jax.sweep", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("file", type=Path, help="the sweep, a TOML file")
-    parser.add_argument("--root", type=Path, help="the directory of all workdirs; default runs/FILE's name")
+    parser.add_argument("--root", help="the directory of all workdirs; default runs/FILE's name")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true")
     what.add_argument("--count", nargs="?", const="all", choices=("all", "teachers", "students"))
     what.add_argument("--run", metavar="I")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
-    root = options.root or Path("runs") / options.file.stem
     try:
+        root = storage.local("--root", options.root or Path("runs") / options.file.stem)
         points = load(options.file, root)
         if options.count:
             print(len(chosen(points, options.count)))

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import logging
 from ml_collections import ConfigDict
 
-from pwkd_jax import config
+from pwkd_jax import config, storage
 from pwkd_jax.cost import compilation_cache
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import fingerprint, run
@@ -65,7 +65,7 @@ def _read(argv: Sequence[str]) -> tuple[ConfigDict, str]:
         )
     if len(workdirs) != 1 or not workdirs[0]:
         raise UserError("give one directory for the results, as in --workdir=runs/digits")
-    return settings, workdirs[0]
+    return settings, str(storage.local("--workdir", workdirs[0]))
 
 
 if __name__ == "__main__":

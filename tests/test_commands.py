@@ -15,7 +15,7 @@ import pytest
 from conftest import identical
 from orbax.checkpoint import v1 as ocp
 
-from pwkd_jax import report, stages, train
+from pwkd_jax import export, report, stages, storage, train
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data" / "tfds"
@@ -179,6 +179,41 @@ def test_a_workdir_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert train.main([*TINY, f"--workdir={tmp_path / 'file' / 'w'}"]) == 2
     assert "--workdir" in capsys.readouterr().err
+
+
+def test_a_workdir_is_one_commands_at_a_time(tmp_path, capsys):
+    """Held by this process, it is refused by name; its holder killed, it is free."""
+    workdir = tmp_path / "w"
+    options = [*TINY, "--config.arms=alone", "--config.student.duration=8 steps", f"--workdir={workdir}"]
+    with storage.lock(workdir / ".lock"):
+        assert train.main(options) == 2
+        sentence = rf"error: --workdir: '.*' is in use by process {os.getpid()} on .* since .*\n"
+        assert re.fullmatch(sentence, capsys.readouterr().err)
+        assert os.listdir(workdir) == [".lock"]
+    hold = "import pathlib, sys, time; from pwkd_jax import storage\n"
+    hold += "with storage.lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(workdir / ".lock")], stdout=subprocess.PIPE, cwd=ROOT)
+    assert holder.stdout.readline() == b"held\n"
+    assert train.main(options) == 2 and f"process {holder.pid} on" in capsys.readouterr().err
+    holder.kill()
+    holder.wait()
+    assert train.main(options) == 0
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/x", "s3://bucket/x", "hdfs://host:9000/x", "file:///x"])
+def test_addresses_are_refused_and_make_no_folder(path, tmp_path, capsys, monkeypatch):
+    config = f"--config={ROOT}/configs/digits.py"
+    monkeypatch.chdir(tmp_path)
+    assert train.main([config, *TINY[1:], f"--workdir={path}"]) == 2
+    assert f"--workdir: '{path}' is an address" in capsys.readouterr().err
+    assert export.main(["nowhere", f"--out={path}"]) == 2 and "--out: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert train.main([*TINY, "--config.arms=alone", "--config.student.duration=8 steps", "--workdir=~/runs/x"]) == 0
+    assert (tmp_path / "runs/x/summary.json").exists()
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared TFDS data sets are not beside this checkout")
