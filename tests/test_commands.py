@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import identical
 from orbax.checkpoint import v1 as ocp
+from PIL import Image
 
 from pwkd_jax import export, report, stages, storage, train
 
@@ -198,6 +200,43 @@ def test_a_workdir_is_one_commands_at_a_time(tmp_path, capsys):
     holder.kill()
     holder.wait()
     assert train.main(options) == 0
+
+
+def pictures(folder: Path, split: str, name: str, count: int, shade: int) -> None:
+    rng = np.random.default_rng(shade)
+    (folder / split / name).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        pixels = rng.integers(0, 60, (8, 8, 3)) + shade
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{shade}_{i}.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda f: pictures(f, "train", "cat", 6, 190), "train_images was 16 and is 22"),
+        (lambda f: pictures(f, "test", "ant", 2, 10), "num_classes was 2 and is 3|classes"),
+        (lambda f: shutil.copy(f / "train/cat/20_0.png", f / "train/cat/20_1.png"), "mean was .*|train split holds other"),
+        (lambda f: (f / "train/dog/120_3.png").rename(f / "train/cat/z.png"), "the train split holds other"),
+        (lambda f: shutil.copy(f / "test/cat/20_0.png", f / "test/dog/120_1.png"), "the test split holds other"),
+    ],
+)
+def test_data_that_changed_under_a_workdir_are_named(change, sentence, tmp_path, capsys):
+    """More seeds, or what is left of a stopped run, would mix runs of two data sets; the first one's facts stay."""
+    folder, workdir = tmp_path / "d", tmp_path / "w"
+    for split in ("train", "test"):
+        pictures(folder, split, "cat", 8, 20)
+        pictures(folder, split, "dog", 8, 120)
+    options = [TINY[0], *(o for o in TINY[1:] if "_split" not in o), "--config.data.name=folder",
+               f"--config.data.data_dir={folder}", "--config.arms=alone", "--config.student.duration=8 steps",
+               f"--workdir={workdir}"]  # fmt: skip
+    assert train.main(options) == 0
+    before = {name: (workdir / name).read_bytes() for name in ("data.json", "config.json", "summary.json")}
+    change(folder)
+    capsys.readouterr()
+    assert train.main([*options, "--config.seeds=2"]) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+    assert before == {name: (workdir / name).read_bytes() for name in before}
+    assert not (workdir / "students/alone/seed1").exists()
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/x", "s3://bucket/x", "hdfs://host:9000/x", "file:///x"])

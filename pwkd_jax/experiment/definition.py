@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from pwkd_jax import data, distillers, models, slimmable, stages, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import channel_order, precision
-from pwkd_jax.training import dispatch, loop, schedules, sharding, students_together
+from pwkd_jax.training import dispatch, loop, record, schedules, sharding, students_together
 from pwkd_jax.training import state as states
 from pwkd_jax.training.evaluation import Evaluator
 from pwkd_jax.training.task import Task
@@ -106,6 +106,7 @@ def data_facts(dataset: data.Dataset, mean: Sequence[float], std: Sequence[float
         "image_shape": list(dataset.image_shape),
         "mean": list(mean),
         "std": list(std),
+        "digests": {"train": record.of_split(dataset.train), "test": record.of_split(dataset.test)},
     }
 
 

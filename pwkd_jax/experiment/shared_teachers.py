@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from pwkd_jax import storage
 from pwkd_jax.config import leaves
 from pwkd_jax.errors import UserError
+from pwkd_jax.experiment.workdir import differences
 
 # Neither changes a teacher: where the data lie, and where it came from itself.
 FREE = ("data.data_dir", "teacher.run")
@@ -43,9 +44,8 @@ def check(config: ConfigDict, facts: dict, names: Iterable[str]) -> None:
             f"teacher.run: the teacher in '{run}' was trained with {key} = {other.get(key)!r}, not {own.get(key)!r}{more}; "
             "name the workdir of a teacher with this config's data and teacher keys"
         )
-    for key in ("name", "train_images", "test_images", "num_classes", "image_shape"):
-        if known[key] != facts[key]:
-            raise UserError(f"teacher.run: the data of '{run}' had {key} {known[key]}, and these have {facts[key]}")
+    if changed := differences(known, facts):
+        raise UserError(f"teacher.run: '{run}' had other data: {'; '.join(changed[:3])}; name a workdir of these data")
     for name in names:
         if not storage.exists(Path(run) / "teacher" / name / "result.json"):
             raise UserError(f"teacher.run: '{run}' holds no finished {name} teacher; train it there first")

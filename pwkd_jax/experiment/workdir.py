@@ -43,7 +43,10 @@ def held(workdir: Path) -> Iterator[None]:
 
 
 def claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
-    """Write config.json and data.json, or refuse a workdir that holds runs of another config."""
+    """Write config.json and data.json, or refuse a workdir that holds runs of another config, or of other data.
+
+    facts: of the data, see `definition.data_facts`. Those of the first command stay: its runs were made with them.
+    """
     path = workdir / "config.json"
     if storage.exists(path):
         before = dict(leaves(ConfigDict(json.loads(storage.read(path)))))
@@ -56,8 +59,36 @@ def claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
                 f"--workdir: '{workdir}' holds runs with {key} = {before.get(key)!r}, not {now.get(key)!r}{more}; "
                 "give another workdir"
             )
+    known = workdir / "data.json"
+    if storage.exists(known):
+        try:
+            before = json.loads(storage.read(known))
+        except ValueError as e:
+            raise UserError(f"--workdir: '{known}' is not whole; give another workdir") from e
+        if changed := differences(before, facts):
+            raise UserError(
+                f"--workdir: '{workdir}' holds runs of other data: {'; '.join(changed[:3])}; give another workdir, or the data "
+                "as they were"
+            )
     try:
         storage.replace(path, config.to_json(indent=2) + "\n")
-        storage.replace(workdir / "data.json", json.dumps(facts, indent=2) + "\n")
+        if not storage.exists(known):
+            storage.replace(known, json.dumps(facts, indent=2) + "\n")
     except OSError as e:
         raise UserError(f"--workdir: '{workdir}' cannot be written ({e.strerror})") from e
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """How two records of data differ, a phrase each; what only one of them says, as older ones do, is no difference."""
+    found = []
+    for key in before:
+        if key in now and key != "digests" and before[key] != json.loads(json.dumps(now[key])):
+            found.append(f"{key} was {_short(before[key])} and is {_short(now[key])}")
+    for split, digest in before.get("digests", {}).items():
+        if digest != now.get("digests", {}).get(split, digest):
+            found.append(f"the {split} split holds other images or labels")
+    return found
+
+
+def _short(value: object) -> str:
+    return f"({', '.join(f'{x:.4g}' for x in value)})" if isinstance(value, (list, tuple)) else repr(value)

@@ -25,15 +25,20 @@ def digest(tree: Any) -> str:
     return found.hexdigest()[:16]
 
 
+def of_split(split: Any) -> str | None:
+    """A digest of a split's labels and of up to 64 of its images, where they lie in RAM; None of a stream."""
+    if not hasattr(split, "images"):
+        return None
+    some = np.linspace(0, len(split) - 1, min(len(split), 64)).astype(int)
+    return digest((split.labels, split.images[some]))
+
+
 def of_data(task: Any) -> dict[str, Any]:
     """Of a task: counts, shapes, normalisation, and where the images lie in RAM a digest of labels and of some images."""
     train = task.train
     found = {"training images": len(train), "image shape": list(task.image_shape), "classes": task.num_classes,
              "mean": list(map(float, task.mean)), "std": list(map(float, task.std))}  # fmt: skip
-    if hasattr(train, "images"):
-        some = np.linspace(0, len(train) - 1, min(len(train), 64)).astype(int)
-        found["data"] = digest((train.labels, train.images[some]))
-    return found
+    return found | {"data": of_split(train)}
 
 
 def schedule(rate: Any, steps: int) -> Any:
