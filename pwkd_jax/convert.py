@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mean", type=_numbers, help="by which images were normalised, as in 0.5,0.5,0.5; that of the "
                         "reference projects where it is not given, but for transformers, which have two")  # fmt: skip
     parser.add_argument("--std", type=_numbers, help="the same")
+    parser.add_argument("--key", default="", help="which network of several in the file, as in state_dict_ema or teacher")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="what to leave out, as in 'teacher.*'")
     options = parser.parse_args(arguments)
     try:

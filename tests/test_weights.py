@@ -136,6 +136,66 @@ def test_export_in_pytorch_names_is_the_file_it_came_from(source, converted, tmp
     assert all(np.array_equal(x, original[f"module.{key}"]) for key, x in back.items())
 
 
+PREFIXES = ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "model.", "net.", "model._orig_mod.",
+            "model.module.", "my.own.wrapper."]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_whatever_wrappers_put_before_names_is_found(prefix, source, tmp_path):
+    plain = {key.removeprefix("module."): x for key, x in safetensors.numpy.load_file(source[0]).items()}
+    path, out = tmp_path / "wrapped.safetensors", tmp_path / "out.safetensors"
+    safetensors.numpy.save_file({prefix + key: x for key, x in plain.items()} | {"n_averaged": np.asarray(5)}, path)
+    assert convert.main([str(path), "--model=resnet8", f"--out={out}", *AS_DIGITS]) == 0
+    close(weights.read(out)[0], jax.device_get(source[1]), 0)
+
+
+def test_a_head_under_another_prefix_is_found(source, tmp_path):
+    """As mmpretrain writes a classifier: backbone.* and head.fc.*."""
+    plain = {key.removeprefix("module."): x for key, x in safetensors.numpy.load_file(source[0]).items()}
+    named = {("head." if key.startswith("fc.") else "backbone.") + key: x for key, x in plain.items()}
+    path, out = tmp_path / "mm.safetensors", tmp_path / "out.safetensors"
+    safetensors.numpy.save_file(named, path)
+    assert convert.main([str(path), "--model=resnet8", f"--out={out}", *AS_DIGITS]) == 0
+    close(weights.read(out)[0], jax.device_get(source[1]), 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("student.", "teacher."), ("teacher.", "student."), ("module.teacher.", "module.student.")]
+)
+def test_of_a_pair_the_student_is_taken_and_said(first, second, source, tmp_path, capsys):
+    plain = {key.removeprefix("module."): x for key, x in safetensors.numpy.load_file(source[0]).items()}
+    zeros = {key: np.zeros_like(x) for key, x in plain.items()}
+    pair = {prefix: plain if "student" in prefix else zeros for prefix in (first, second)}
+    path, out = tmp_path / "pair.safetensors", tmp_path / "out.safetensors"
+    safetensors.numpy.save_file({p + key: x for p, tensors in pair.items() for key, x in tensors.items()}, path)
+    assert convert.main([str(path), "--model=resnet8", f"--out={out}", *AS_DIGITS]) == 0
+    close(weights.read(out)[0], jax.device_get(source[1]), 0)
+    assert "the student was taken, the other is --key=" in capsys.readouterr().err
+    head = next(p for p in pair if "teacher" in p)[:-1]
+    assert convert.main([str(path), "--model=resnet8", f"--out={out}", f"--key={head}", *AS_DIGITS]) == 0
+    assert not any(np.any(x) for x in jax.tree.leaves(weights.read(out)[0]))
+    assert "holds no 'techer'" in error(convert.main, path, "--model=resnet8", f"--out={out}", "--key=techer", capsys=capsys)
+
+
+def test_averaged_weights_are_taken_before_raw_ones_and_said(capsys):
+    """As training scripts nest them; arrays stand for tensors."""
+    raw, averaged = {"fc.weight": np.int64(0), "conv.weight": np.int64(0)}, {"fc.weight": np.int64(1), "conv.weight": np.int64(1)}
+    optimizer = {"state": {0: {"exp_avg.x": np.int64(2)}}, "param_groups": []}
+    for content, meant, other in [
+        ({"epoch": 9, "state_dict": raw, "state_dict_ema": averaged, "optimizer": optimizer}, "state_dict_ema", "state_dict"),
+        ({"model": raw, "model_ema": averaged}, "model_ema", "model"),
+        ({"model": raw, "ema": {"module": averaged}}, "ema.module", "model"),
+        ({"schema": raw, "ema": averaged}, "ema", "schema"),
+        ({"teacher": raw, "student": averaged}, "student", "teacher"),
+    ]:
+        networks = pytorch.state_dicts(content, np.int64)
+        assert len(networks) == 2 and pytorch.choose(Path("x.pth"), networks) == networks[meant]
+        assert f"others are --key={other}\n" in capsys.readouterr().err
+        assert pytorch.choose(Path("x.pth"), networks, other) == networks[other] != networks[meant] and not capsys.readouterr().err
+    assert pytorch.state_dicts({"weights": raw, "acc": 0.9}, np.int64) == {"weights": raw}
+    assert pytorch.state_dicts({"epoch": 3, "args": "x"}, np.ndarray) == {}
+
+
 # What a run leaves.
 
 

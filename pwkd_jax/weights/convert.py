@@ -18,21 +18,21 @@ CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 def convert(
     file: Path, model: str, out: Path, image_size: int | None = None, channels: int = 3,
-    mean: Sequence[float] | None = None, std: Sequence[float] | None = None, ignore: Sequence[str] = (),
+    mean: Sequence[float] | None = None, std: Sequence[float] | None = None, ignore: Sequence[str] = (), key: str = "",
 ) -> dict:  # fmt: skip
     """Write `file`'s weights as `out` and return their card. Raises UserError; then nothing is written."""
     if out.suffix != ".safetensors":
         raise UserError(f"--out: '{out}' should be a name ending in .safetensors")
-    for key, value in (("--image-size", image_size), ("--channels", channels)):
+    for option, value in (("--image-size", image_size), ("--channels", channels)):
         if value is not None and value < 1:
-            raise UserError(f"{key}: {value} is not possible; it should be at least 1")
+            raise UserError(f"{option}: {value} is not possible; it should be at least 1")
     known = models.create(model)  # first, for a wrong name should not wait for a large file
     if model.startswith("vit_") and not (mean and std):
         raise UserError(
             "--mean, --std: give those that these weights were trained with; timm's own have 0.5,0.5,0.5 for both, "
             "DeiT's and torchvision's 0.485,0.456,0.406 and 0.229,0.224,0.225"
         )
-    found = pytorch.read(file)
+    found = pytorch.read(file, key)
     classes = pytorch.classes(known, found)
     if classes is None:
         raise UserError(f"{file}: does not fit '{model}': there is no classifier among its {len(found)} tensors")

@@ -5,10 +5,14 @@ A model's `torch_names` says what each of its modules is called elsewhere. Convo
 statistics. A transformer's joint projection [3 * D, D] is cut into query, key and value and each into heads.
 """
 
+import collections
 import fnmatch
 import math
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,14 +24,17 @@ from pwkd_jax.errors import UserError
 
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 JOINT = ("query", "key", "value")
-# Where training scripts keep the network's own tensors, and what wrappers put before its names.
-NESTS = ("model", "state_dict", "model_state_dict", "net", "network", "student", "teacher")
-PREFIXES = ("", "module.", "model.", "student.", "module.student.", "backbone.", "_orig_mod.", "module._orig_mod.")
+# Of several networks in one file, these are meant first: averaged weights are what a training script reports, and of a pair
+# it is the student that was trained.
+FIRST = ("ema", "averaged", "student")
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
+def read(path: Path, key: str = "") -> dict[str, np.ndarray]:
     """{name: array} of a .safetensors file, or of a PyTorch checkpoint (.pth, .pt, .tar, .bin).
+
+    key: which network of several, as in state_dict_ema, or what its names begin with, as in teacher. Where it is not given, the
+    first of FIRST is taken, and said on standard error.
 
     Of a checkpoint, only tensors and plain containers are read; a pickle that asks for anything else is refused before it
     is run. Raises UserError for that, for a torn or missing file, and where PyTorch is needed but not installed.
@@ -37,7 +44,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
         arrays, metadata = weights.tensors(path)
         if metadata.get("format") == "pwkd_jax":
             raise UserError(f"{path}: is a file of this project already, and needs no conversion")
-        return arrays
+        return _named(path, choose(path, {"": arrays}, key), key)
     try:
         import torch
     except ImportError:
@@ -65,9 +72,10 @@ def read(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: is not a whole PyTorch checkpoint") from e
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"{path}: is not a whole PyTorch checkpoint") from e
-    found = _state_dict(content, torch.Tensor)
-    if found is None:
-        raise UserError(f"{path}: holds no state dict, neither by itself nor under {', '.join(NESTS)}")
+    networks = state_dicts(content, torch.Tensor)
+    if not networks:
+        raise UserError(f"{path}: holds no state dict, neither by itself nor in a dictionary of it")
+    found = _named(path, choose(path, networks, key), key)
     try:
         found = {name: tensor.detach() for name, tensor in found.items()}
         # NumPy has no bfloat16.
@@ -76,20 +84,77 @@ def read(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: holds tensors that are not plain arrays, such as sparse or quantised ones") from e
 
 
-def _state_dict(content, kind: type) -> dict | None:
+def state_dicts(content: Any, kind: type, place: str = "") -> dict[str, dict]:
+    """{where: {name: tensor}} of every state dict in a checkpoint, "" being the checkpoint itself. kind: of a tensor."""
     if not isinstance(content, dict):
-        return None
+        return {}
     # Some scripts put an epoch among the tensors; of names with a dot, all have to be tensors.
     tensors = {key: value for key, value in content.items() if isinstance(value, kind)}
     if any("." in str(key) for key in tensors) and all(key in tensors for key in content if "." in str(key)):
-        return tensors
-    return next((found for key in NESTS if (found := _state_dict(content.get(key), kind)) is not None), None)
+        return {place: tensors}
+    found: dict[str, dict] = {}
+    for key, value in content.items():
+        if key != "optimizer":  # its state holds tensors of other kinds
+            found |= state_dicts(value, kind, f"{place}.{key}".strip("."))
+    return found
+
+
+def _rank(place: str) -> int:
+    words = re.findall("[a-z]+", place.lower())
+    return next((i for i, word in enumerate(FIRST) if word in words), len(FIRST))
+
+
+def choose(path: Path, networks: dict[str, dict], key: str = "") -> dict:
+    """The state dict that `key` names among {where: state dict}, or the first of FIRST; what was chosen is said where there are
+    several. Raises UserError for a `key` that names none."""
+    if key in networks:
+        return networks[key]
+    inside = [where for where, found in networks.items() if any(name.startswith(f"{key.rstrip('.')}.") for name in found)]
+    if key and not inside:
+        raise UserError(f"--key: {path} holds no '{key}'; there are {', '.join(repr(n) for n in networks)}")
+    places = inside if key else list(networks)
+    chosen = min(places, key=_rank)
+    if len(networks) > 1 and not key:
+        others = ", ".join(f"--key={place}" for place in places if place != chosen)
+        print(f"note: {path} holds several networks; '{chosen}' was taken, others are {others}", file=sys.stderr)
+    return networks[chosen]
+
+
+def _named(path: Path, found: dict, key: str) -> dict:
+    """Of a state dict that holds several networks side by side, the names of the one meant: of `key`, or of the student."""
+    heads = {name.split(".")[0] for name in found}
+    if key and any(name.startswith(f"{key.rstrip('.')}.") for name in found):
+        return {name: x for name, x in found.items() if name.startswith(f"{key.rstrip('.')}.")}
+    for head in ("", "module.", "model."):
+        pair = [f"{head}student.", f"{head}teacher."]
+        if all(any(name.startswith(p) for name in found) for p in pair) and len(heads) <= 2:
+            print(f"note: {path} holds a student and a teacher; the student was taken, the other is --key={pair[1][:-1]}",
+                  file=sys.stderr)  # fmt: skip
+            return {name: x for name, x in found.items() if not name.startswith(pair[1])}
+    return found
+
+
+def _found_as(name: str, found: Mapping[str, Any], prefix: str | None = None) -> str | None:
+    """What a file calls `name`: with `prefix`, or else the only one of its names that ends so after a dot."""
+    if prefix is not None and prefix + name in found:
+        return prefix + name
+    ending = [key for key in found if key == name or key.endswith(f".{name}")]
+    return ending[0] if len(ending) == 1 else None
+
+
+def _prefix(wanted: Iterable[Sequence[str]], found: Mapping[str, Any]) -> str:
+    """What wrappers (DataParallel, torch.compile, Lightning, mmpretrain and the like) put before most of the wanted names."""
+    count: collections.Counter[str] = collections.Counter()
+    for keys in wanted:
+        for key in keys:
+            count.update({name[: len(name) - len(key)] for name in found if name == key or name.endswith(f".{key}")})
+    return max(count, key=lambda prefix: (count[prefix], -len(prefix)), default="")
 
 
 def classes(model: nn.Module, found: dict[str, np.ndarray]) -> int | None:
     """The number of classes that a file's classifier has, or None where it has none of the model's names."""
-    names = [f"{prefix}{name}.bias" for prefix in PREFIXES for name in _names(model, "classifier")]
-    return next((found[name].shape[0] for name in names if name in found and found[name].ndim), None)
+    names = (_found_as(f"{name}.bias", found) for name in _names(model, "classifier"))
+    return next((found[name].shape[0] for name in names if name and found[name].ndim), None)
 
 
 def to_flax(
@@ -105,18 +170,17 @@ def to_flax(
     ignore: patterns (shell style) of tensors to leave out. Raises UserError listing every tensor that is missing, of another
     shape, or left over: nothing is dropped in silence but PyTorch's counters of batches.
     """
-    found = {key: x for key, x in found.items() if not key.endswith("num_batches_tracked")}
+    found = {key: x for key, x in found.items() if not key.endswith(("num_batches_tracked", "n_averaged"))}
     for pattern in ignore:
         if not (dropped := fnmatch.filter(found, pattern)):
             raise UserError(f"--ignore: '{pattern}' is the name of nothing in {where}")
         found = {key: x for key, x in found.items() if key not in dropped}
     like = flatten_dict(models.abstract(model, image_shape))
     wanted = {path: _keys(model, path) for path in like}
-    # The wrapper's prefix is the one under which most names are found.
-    prefix = max(PREFIXES, key=lambda p: sum(any(p + key in found for key in keys) for keys in wanted.values()))
+    prefix = _prefix(wanted.values(), found)
     result, used, phrases = {}, set(), []
     for path, keys in wanted.items():
-        key = next((prefix + key for key in keys if prefix + key in found), None)
+        key = next((as_ for key in keys if (as_ := _found_as(key, found, prefix))), None)
         if key is None:
             phrases.append(f"{prefix}{' or '.join(keys)} is not in it")
             continue
