@@ -179,7 +179,7 @@ def test_of_a_pair_the_student_is_taken_and_said(first, second, source, tmp_path
 
 def test_averaged_weights_are_taken_before_raw_ones_and_said(capsys):
     """As training scripts nest them; arrays stand for tensors."""
-    raw, averaged = {"fc.weight": np.int64(0), "conv.weight": np.int64(0)}, {"fc.weight": np.int64(1), "conv.weight": np.int64(1)}
+    raw, averaged = ({"fc.weight": np.int64(n), "conv.weight": np.int64(n)} for n in (0, 1))
     optimizer = {"state": {0: {"exp_avg.x": np.int64(2)}}, "param_groups": []}
     for content, meant, other in [
         ({"epoch": 9, "state_dict": raw, "state_dict_ema": averaged, "optimizer": optimizer}, "state_dict_ema", "state_dict"),
@@ -191,7 +191,8 @@ def test_averaged_weights_are_taken_before_raw_ones_and_said(capsys):
         networks = pytorch.state_dicts(content, np.int64)
         assert len(networks) == 2 and pytorch.choose(Path("x.pth"), networks) == networks[meant]
         assert f"others are --key={other}\n" in capsys.readouterr().err
-        assert pytorch.choose(Path("x.pth"), networks, other) == networks[other] != networks[meant] and not capsys.readouterr().err
+        assert pytorch.choose(Path("x.pth"), networks, other) == networks[other] != networks[meant]
+        assert not capsys.readouterr().err
     assert pytorch.state_dicts({"weights": raw, "acc": 0.9}, np.int64) == {"weights": raw}
     assert pytorch.state_dicts({"epoch": 3, "args": "x"}, np.ndarray) == {}
 
