@@ -108,6 +108,42 @@ def test_warmup_is_inside_every_cycle():
         np.testing.assert_allclose(rates[start + 4 : end], body, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("warmup", [0, 1, 20, 149])
+@pytest.mark.parametrize("length", [240, 480])
+def test_warmup_moves_no_milestone(warmup, length):
+    """RepDistiller's drops, after 150, 180 and 210 of 240 epochs, an epoch being one or two steps here."""
+    each = length // 240
+    rates = schedules.table(
+        schedules.learning_rate([(0, length)], form="step", peak=0.05, milestones=(0.625, 0.75, 0.875), warmup=warmup), length
+    )
+    after = rates[warmup:]
+    drops = warmup + 1 + np.flatnonzero(np.diff(after))
+    assert drops.tolist() == [150 * each, 180 * each, 210 * each]
+    plateaus = rates[[warmup, 150 * each - 1, 150 * each, 180 * each, -1]]
+    np.testing.assert_allclose(plateaus, [0.05, 0.05, 5e-3, 5e-4, 5e-5], rtol=1e-5)
+    assert np.all(np.diff(rates[: warmup + 1]) > 0)
+
+
+def test_milestones_inside_the_warmup_take_effect_as_it_ends():
+    rates = schedules.table(schedules.learning_rate([(0, 10)], form="step", peak=1.0, milestones=(0.1, 0.3, 0.8), warmup=4), 10)
+    np.testing.assert_allclose(rates, [0.2, 0.4, 0.6, 0.8, 0.01, 0.01, 0.01, 0.01, 0.001, 0.001], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "form, warmup, sentence",
+    [
+        ("cosine", 20, r"^warmup: 20 steps leave nothing of a cycle of 20 steps, whose first part they are; give a shorter"),
+        ("step", 25, r"^warmup: 25 steps leave nothing of a cycle of 20 steps"),
+        ("constant", 1000, r"^warmup: 1000 steps leave nothing of a cycle of 20 steps"),
+        ("triangular", 5, r"^warmup: should be 0 where a cycle's form is triangular, which rises by itself"),
+        ("one_cycle", 5, r"^warmup: should be 0 where a cycle's form is one_cycle, which rises by itself"),
+    ],
+)
+def test_warmups_that_cannot_be(form, warmup, sentence):
+    with pytest.raises(UserError, match=sentence):
+        schedules.learning_rate(SPANS, form=form, peak=0.05, milestones=(0.5,), warmup=warmup)
+
+
 def test_cycles_are_the_stages_or_one():
     plan = [Stage("slimmable", (1.0,), *span) for span in SPANS]
     assert stages.cycles(plan, True) == SPANS

@@ -130,7 +130,10 @@ def check(config: ConfigDict) -> None:
         need(f"{who}.batch_size", not c.batch_norm_group or g.batch_size % c.batch_norm_group == 0,
              f"a multiple of batch_norm_group, which is {c.batch_norm_group}")  # fmt: skip
         schedules.steps(g.duration, f"{who}.duration", batch_size=1, images=1)
-        schedules.steps(r.warmup, f"{who}.schedule.warmup", batch_size=1, images=1, total=1, zero=True)
+        warmup = schedules.steps(r.warmup, f"{who}.schedule.warmup", batch_size=1, images=1, total=1, zero=True)
+        rising = sorted(_forms(who, r) & {*schedules.RISING})
+        need(f"{who}.schedule.warmup", not (warmup and rising),
+             f"'0 epochs' where a cycle's form is {' or '.join(rising)}, which rises by itself")  # fmt: skip
     need("evaluation.batch_size", c.evaluation.batch_size >= 1, "at least 1")
     for key in ("evaluation", "checkpoint", "log"):
         schedules.steps(config[key].every, f"{key}.every", batch_size=1, images=1, total=100)
@@ -147,3 +150,10 @@ def check(config: ConfigDict) -> None:
         distillers.create(s.distiller.name, **options)
     except UserError as e:
         raise UserError(f"student.distiller: {e}") from e
+
+
+def _forms(who: str, schedule: ConfigDict) -> set[str]:
+    """The forms that cycles of `who` may have."""
+    if who == "teacher":
+        return {schedule.form}
+    return {schedule.single_form or schedule.form} | ({schedule.form} if schedule.cycles == "per_stage" else set())

@@ -26,7 +26,7 @@ def _schedule(peak: float) -> ConfigDict:
         "floor": 0.0,  # cosine and triangular: the lowest, as a fraction of the peak
         "milestones": (0.625, 0.75, 0.875),  # step: fractions of the cycle; 150, 180 and 210 of 240 epochs
         "factor": 0.1,  # step: multiplies at each milestone
-        "warmup": "0 epochs",  # linear, at the start of every cycle
+        "warmup": "0 epochs",  # linear, the first part of every cycle; cosine, step and constant only
     })  # fmt: skip
 
 

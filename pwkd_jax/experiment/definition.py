@@ -51,14 +51,14 @@ class Experiment:
         return loop.Cadence(*every, c.log.tensorboard)
 
     def schedule(self, who: str, spans, form: str = "", peak_decay: float = 1.0):
-        c = self.config[who]
+        """The learning rate of `who` on the global step, over cycles `spans`. Raises UserError for a warm-up that fills one."""
+        c, key = self.config[who], f"{who}.schedule.warmup"
         warmup = schedules.steps(
-            c.schedule.warmup, f"{who}.schedule.warmup", batch_size=c.batch_size, zero=True,
-            images=len(self.dataset.train), total=spans[-1][1],
-        )  # fmt: skip
+            c.schedule.warmup, key, batch_size=c.batch_size, zero=True, images=len(self.dataset.train), total=spans[-1][1]
+        )
         shape = {key: c.schedule[key] for key in ("peak", "floor", "milestones", "factor")}
         form = form or c.schedule.form
-        return schedules.learning_rate(spans, form=form, warmup=warmup, peak_decay=peak_decay, **shape)
+        return schedules.learning_rate(spans, form=form, warmup=warmup, peak_decay=peak_decay, key=key, **shape)
 
     def rule(self, who: str, *schedule) -> states.Rule:
         """The optimiser of `who` under its schedule; the arguments are those of `schedule`."""
@@ -250,4 +250,9 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh, dataset: data.Dataset) ->
     )  # fmt: skip
     experiment = Experiment(config, task, facts, nets, pupil, start, dataset)
     experiment.several(c.seeds)
+    # A schedule that cannot be is a mistake before anything is compiled or written, like a network that does not fit.
+    total = schedules.steps(c.teacher.duration, "teacher.duration", batch_size=c.teacher.batch_size, images=len(dataset.train))
+    experiment.schedule("teacher", [(0, total)])
+    for arm in c.arms:
+        experiment.schedule("student", *experiment.spans(experiment.plan(arm)))
     return experiment

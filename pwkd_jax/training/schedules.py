@@ -14,6 +14,7 @@ import optax
 from pwkd_jax.errors import UserError
 
 CYCLES = ("cosine", "step", "triangular", "one_cycle", "constant")
+RISING = ("triangular", "one_cycle")  # begin low by themselves
 
 
 def steps(duration: str, key: str, *, batch_size: int, images: int, total: int = 0, zero: bool = False) -> int:
@@ -52,7 +53,12 @@ def cycle(
     cosine: peak to floor * peak, (peak - low) / 2 * (1 + cos(pi t / length)) + low, by SGDR (Loshchilov & Hutter 2017);
     step: times `factor` at each of `milestones` (fractions of the cycle); triangular: linear up to peak and down again,
     both ends at floor * peak (Smith 2017); one_cycle: optax.cosine_onecycle_schedule (peak / 25 up, 1 / 25e4 down);
-    constant. warmup: steps of linear rise before it, within the cycle.
+    constant.
+
+    warmup: steps of linear rise to the peak, the first of the cycle's `length`. A cosine then takes the rest of them to fall,
+    so t and length count from the warm-up's end. The milestones of `step` stay where they are, at fractions of the whole
+    cycle; those inside the warm-up take effect as it ends. `constant` stays at the peak. The forms of RISING need none, and
+    would rise twice; `learning_rate` refuses it for them.
     """
     if form not in CYCLES:
         raise UserError(f"form: there is no '{form}'; known are {', '.join(CYCLES)}")
@@ -63,7 +69,7 @@ def cycle(
         # Piecewise scales multiply; cycles too short to tell two milestones apart take both at once.
         scales: dict[int, float] = {}
         for m in milestones:
-            at = round(m * body)
+            at = max(0, round(m * length) - warmup)
             scales[at] = scales.get(at, 1.0) * factor
         shape = optax.piecewise_constant_schedule(peak, scales)
     elif form == "triangular":
@@ -91,13 +97,28 @@ def learning_rate(
     factor: float = 0.1,
     warmup: int = 0,
     peak_decay: float = 1.0,
+    key: str = "warmup",
 ) -> optax.Schedule:
-    """The schedule on the global step: one `cycle` per span, joined; the c-th one's peak is peak * peak_decay ** c."""
+    """The schedule on the global step: one `cycle` per span, joined; the c-th one's peak is peak * peak_decay ** c.
+
+    warmup: steps of linear rise that every cycle begins with. Raises UserError, which names it by `key`, where it is as long as
+    a cycle or the form rises by itself."""
+    if warmup:
+        _check_warmup(spans, form, warmup, key)
     pieces = [
-        cycle(form, peak * peak_decay**c, end - start, floor, milestones, factor, min(warmup, end - start - 1))
+        cycle(form, peak * peak_decay**c, end - start, floor, milestones, factor, warmup)
         for c, (start, end) in enumerate(spans)
     ]
     return optax.join_schedules(pieces, [end for _, end in spans[:-1]])
+
+
+def _check_warmup(spans: Sequence[tuple[int, int]], form: str, warmup: int, key: str) -> None:
+    shortest = min(end - start for start, end in spans)
+    if warmup >= shortest:
+        cycles = f"the cycle of {shortest} steps" if len(spans) == 1 else f"a cycle of {shortest} steps"
+        raise UserError(f"{key}: {warmup} steps leave nothing of {cycles}, whose first part they are; give a shorter warm-up")
+    if form in RISING:
+        raise UserError(f"{key}: should be 0 where a cycle's form is {form}, which rises by itself")
 
 
 def table(schedule: optax.Schedule, total: int) -> np.ndarray:
