@@ -1,13 +1,13 @@
 """A trained model as weights, a card, and a program that needs jax alone."""
 
-import json
-from collections.abc import Sequence
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from jax import export as jax_export
 
 from pwkd_jax import weights
@@ -27,20 +27,19 @@ def export(target: str, out: Path, width: float | None, platforms: str, names: s
     found, _ = loading.load(target, width, model)
     if names == "torch" and ("assisted" in found.card or not hasattr(found.model, "torch_names")):
         raise UserError(f"--names: '{found.card['model']}' has no PyTorch original to name its arrays after; use flax")
-    exported = program(found, wanted)
+    content = bytes(program(found, wanted).serialize())
     card = found.card | {"program": {
         "file": "model.stablehlo", "platforms": wanted, "jax": jax.__version__,
+        "sha256": hashlib.sha256(content).hexdigest(),
         "input": f"uint8 [batch, {', '.join(map(str, found.card['image_shape']))}]",
         "output": f"float32 [batch, {found.card['num_classes']}], probabilities",
     }}  # fmt: skip
     path = out / "model.safetensors"
     try:
         # The card last: where it stands, so do the others.
-        replace(out / "model.stablehlo", exported.serialize())
+        replace(out / "model.stablehlo", content)
         if names == "torch":
-            arrays = pytorch.to_torch(found.model, found.variables)
-            replace(path, safetensors.numpy.save(arrays, {"format": "pt", "card": json.dumps(card)}))
-            replace(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
+            weights.write_arrays(path, pytorch.to_torch(found.model, found.variables), card, "pt")
         else:
             weights.write(path, found.variables, card)
     except OSError as e:
@@ -53,7 +52,8 @@ def program(found: weights.Network, platforms: Sequence[str]) -> jax_export.Expo
 
     Sizes that contain the batch are int32 in the program, so a model of yours that takes a mean over 2^31 elements or more, of
     [batch, batch] say, is wrong there without an error (jax 0.10.2, findings/exported_mean_wraps.sh); divide by one axis at a
-    time.
+    time. The program has names of operations but no places in source code, which would differ from caller to caller, so that
+    one network gives the same bytes whoever exports it.
     """
     variables = jax.tree.map(np.asarray, found.variables)
 
@@ -62,4 +62,16 @@ def program(found: weights.Network, platforms: Sequence[str]) -> jax_export.Expo
 
     (batch,) = jax_export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *found.card["image_shape"]), jnp.uint8)
-    return jax_export.export(jax.jit(probabilities), platforms=platforms)(images)
+    with _no_places():
+        return jax_export.export(jax.jit(probabilities), platforms=platforms)(images)
+
+
+@contextlib.contextmanager
+def _no_places() -> Iterator[None]:
+    key = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, key)
+    jax.config.update(key, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(key, before)

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import export as jax_export
 
-from pwkd_jax import data, storage, weights
+from pwkd_jax import data, storage
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import loading
 from pwkd_jax.training.evaluation import predictor, score_predictions
+from pwkd_jax.weights import files
 
 KINDS = f"{loading.KINDS}, or an exported .stablehlo program"
 
@@ -102,7 +103,7 @@ def _open(target: str, width: float | None, model: str) -> Scored:
 
 
 def _open_program(path: Path) -> Scored:
-    weights.refuse_missing(path)
+    files.refuse_missing(path)
     try:
         program = jax_export.deserialize(bytearray(storage.read_bytes(path)))
         (images,), (out,) = program.in_avals, program.out_avals

@@ -1,7 +1,7 @@
 """Weights in files: safetensors with a card.
 
     FILE.safetensors   the arrays of a model's variables, named by their paths (`params/stage1_block1/conv1/kernel`), in this
-                       project's layouts; its metadata hold the card, so that the file is enough
+                       project's layouts; its metadata hold the card, so that the file is enough, and a checksum (`files`)
     FILE.json          the card again, for people
 
 A card says how to build the model and what it expects: {"model", "width", "divisor", "num_classes", "image_shape": [H, W, C],
@@ -9,7 +9,6 @@ A card says how to build the model and what it expects: {"model", "width", "divi
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +17,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pwkd_jax import data, models, storage
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import costs
+from pwkd_jax.weights import files
 
 # What the library leaves of a student in its directory.
 STUDENT = "student.safetensors"
@@ -76,8 +74,12 @@ def build(card: dict) -> nn.Module:
 def write(path: Path, variables: dict, card: dict) -> None:
     """Write `path` (FILE.safetensors) and its card beside it; both are whole at every instant. Raises OSError."""
     arrays = {key: np.ascontiguousarray(jax.device_get(x)) for key, x in flatten_dict(variables, sep="/").items()}
-    metadata = {"format": "pwkd_jax", "card": json.dumps(card)}
-    storage.replace(path, safetensors.numpy.save(arrays, metadata))
+    write_arrays(path, arrays, card, "pwkd_jax")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], card: dict, form: str) -> None:
+    """The same of arrays that have their names already. form: pwkd_jax, or pt for names and layouts of PyTorch."""
+    storage.replace(path, files.pack(arrays, {"format": form, "card": json.dumps(card)}))
     storage.replace(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
 
 
@@ -94,11 +96,11 @@ def read(path: Path, model: str = "", network: nn.Module | None = None) -> tuple
     """(variables, card) of a file that `write` made, compared with the model before anything is returned.
 
     model: the `module:Name` that it may import, where it holds a model of someone's own; network: that model itself. Raises
-    UserError for a file that is missing, torn, of another program, or that does not hold what its card says.
+    UserError for a file that is missing, torn, damaged, of another program, or that does not hold what its card says.
     """
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: is no .safetensors file; make one of PyTorch weights with python -m pwkd_jax.convert")
-    arrays, metadata = tensors(path)
+    arrays, metadata = files.tensors(path)
     try:
         found = json.loads(metadata["card"])
         if "assisted" in found:
@@ -142,23 +144,6 @@ def width_path(directory: Path, width: float) -> Path:
     return directory / f"width_{width:g}.safetensors"
 
 
-def tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(arrays, metadata) of any safetensors file. Raises UserError for one that is missing or torn."""
-    refuse_missing(path)
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, TypeError, AttributeError) as e:
-        reason = re.sub(r"^Error while deserializing header: |^Error while deserializing: ", "", str(e))
-        raise UserError(f"{path}: is not a whole safetensors file ({reason})") from e
-
-
-def refuse_missing(path: Path) -> None:
-    """UserError unless `path` is a file."""
-    if not storage.is_file(path):
-        raise UserError(f"{path}: {'is a directory' if storage.is_folder(path) else 'there is no such file'}")
-
-
 def mismatches(variables: dict, like: dict) -> list[str]:
     """What keeps `variables` from being those of a model: one phrase an array, [] where all fits."""
     a, b = flatten_dict(variables, sep="/"), flatten_dict(like, sep="/")
@@ -176,6 +161,8 @@ def unusable(array: np.ndarray) -> str:
     """What keeps an array from being a weight, as a phrase; '' for none."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return f"is {array.dtype}, not a floating-point array"
+    if array.dtype.itemsize < 2:
+        return f"is {array.dtype}, which is no weight without a scale"
     return "" if np.isfinite(array.astype(np.float32)).all() else "holds values that are not finite"
 
 

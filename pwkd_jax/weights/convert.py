@@ -33,6 +33,7 @@ def convert(
             "DeiT's and torchvision's 0.485,0.456,0.406 and 0.229,0.224,0.225"
         )
     found = pytorch.read(file, key)
+    pytorch.refuse_narrow(str(file), found, ignore)
     classes = pytorch.classes(known, found)
     if classes is None:
         raise UserError(f"{file}: does not fit '{model}': there is no classifier among its {len(found)} tensors")

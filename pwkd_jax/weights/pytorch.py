@@ -16,11 +16,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pwkd_jax import models, weights
 from pwkd_jax.errors import UserError
+from pwkd_jax.weights import files
 
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 JOINT = ("query", "key", "value")
@@ -39,9 +42,9 @@ def read(path: Path, key: str = "") -> dict[str, np.ndarray]:
     Of a checkpoint, only tensors and plain containers are read; a pickle that asks for anything else is refused before it
     is run. Raises UserError for that, for a torn or missing file, and where PyTorch is needed but not installed.
     """
-    weights.refuse_missing(path)
+    files.refuse_missing(path)
     if path.suffix == ".safetensors":
-        arrays, metadata = weights.tensors(path)
+        arrays, metadata = files.tensors(path)
         if metadata.get("format") == "pwkd_jax":
             raise UserError(f"{path}: is a file of this project already, and needs no conversion")
         return _named(path, choose(path, {"": arrays}, key), key)
@@ -78,10 +81,21 @@ def read(path: Path, key: str = "") -> dict[str, np.ndarray]:
     found = _named(path, choose(path, networks, key), key)
     try:
         found = {name: tensor.detach() for name, tensor in found.items()}
-        # NumPy has no bfloat16.
-        return {name: (t.to(torch.float32) if t.is_floating_point() else t).numpy() for name, t in found.items()}
+        return {name: _array(tensor, torch) for name, tensor in found.items()}
     except (TypeError, RuntimeError) as e:
         raise UserError(f"{path}: holds tensors that are not plain arrays, such as sparse or quantised ones") from e
+
+
+def _array(tensor, torch) -> np.ndarray:
+    """A tensor as an array, those of 8 bits as such, which `refuse_narrow` then names."""
+    if not tensor.is_floating_point():
+        return tensor.numpy()
+    if tensor.element_size() > 1:
+        return tensor.to(torch.float32).numpy()  # NumPy has no bfloat16
+    kind = getattr(ml_dtypes, str(tensor.dtype).removeprefix("torch."), None)
+    if kind is None:
+        raise TypeError
+    return tensor.contiguous().view(torch.uint8).numpy().view(kind)
 
 
 def state_dicts(content: Any, kind: type, place: str = "") -> dict[str, dict]:
@@ -149,6 +163,18 @@ def _prefix(wanted: Iterable[Sequence[str]], found: Mapping[str, Any]) -> str:
         for key in keys:
             count.update({name[: len(name) - len(key)] for name in found if name == key or name.endswith(f".{key}")})
     return max(count, key=lambda prefix: (count[prefix], -len(prefix)), default="")
+
+
+def refuse_narrow(where: str, found: dict[str, np.ndarray], ignore: Sequence[str] = ()) -> None:
+    """UserError naming the first tensor of 8-bit floats, but for those of the patterns `ignore`."""
+    kept = {name: x for name, x in found.items() if not any(fnmatch.fnmatch(name, pattern) for pattern in ignore)}
+    narrow = [name for name, x in kept.items() if x.dtype.itemsize == 1 and jnp.issubdtype(x.dtype, jnp.floating)]
+    if narrow:
+        more = f" and {len(narrow) - 1} more such tensors" if len(narrow) > 1 else ""
+        raise UserError(
+            f"{where}: holds {narrow[0]} as {found[narrow[0]].dtype}{more}; floats of 8 bits are weights only together with "
+            "scales, which this does not know, so save the network as float32, float16 or bfloat16"
+        )
 
 
 def classes(model: nn.Module, found: dict[str, np.ndarray]) -> int | None:
