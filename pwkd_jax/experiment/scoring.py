@@ -1,19 +1,13 @@
 """Scores of whatever training, export or conversion left, on any data set, alone or beside a teacher."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax import export as jax_export
-
-from pwkd_jax import data, storage
+from pwkd_jax import data
 from pwkd_jax.errors import UserError
-from pwkd_jax.experiment import loading
+from pwkd_jax.experiment import exported, loading
 from pwkd_jax.training.evaluation import predictor, score_predictions
-from pwkd_jax.weights import files
 
 KINDS = f"{loading.KINDS}, or an exported .stablehlo program"
 
@@ -92,7 +86,9 @@ def _open(target: str, width: float | None, model: str) -> Scored:
         for option, value in (("--width", width), ("--model", model)):
             if value:
                 raise UserError(f"{option}: {target} is a program, of one model and width")
-        return _open_program(Path(target))
+        program = exported.open_program(Path(target))
+        title = f"a program for {', '.join(program.platforms)}"
+        return Scored(program.log_probabilities, title, program.image_shape, program.num_classes, program.data, 1)
     found, known = loading.load(target, width, model, KINDS)
     card = found.card
     title = f"{card['model']}" + (f" at width {card['width']:g}" if card["width"] != 1 else "")
@@ -100,23 +96,3 @@ def _open(target: str, width: float | None, model: str) -> Scored:
 
     log_probabilities, devices = predictor(found)
     return Scored(log_probabilities, title, tuple(card["image_shape"]), card["num_classes"], known, devices)
-
-
-def _open_program(path: Path) -> Scored:
-    files.refuse_missing(path)
-    try:
-        program = jax_export.deserialize(bytearray(storage.read_bytes(path)))
-        (images,), (out,) = program.in_avals, program.out_avals
-    except Exception as e:  # flatbuffers and MLIR raise of everything
-        raise UserError(f"{path}: is not a whole exported program") from e
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    if platform not in program.platforms:
-        raise UserError(f"{path}: was exported for {', '.join(program.platforms)}, and this is {platform}")
-    # Probabilities under float32's smallest count as that: a program has no logits to tell them apart.
-    run = jax.jit(lambda x: jnp.log(jnp.maximum(program.call(x), jnp.finfo(jnp.float32).tiny)))
-    card = path.with_suffix(".json")
-    try:
-        known = loading.known(json.loads(storage.read(card))["source"] if storage.exists(card) else {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{card}: is no card of this project; remove it and name a data set with --data") from e
-    return Scored(run, f"a program for {', '.join(program.platforms)}", images.shape[1:], out.shape[1], known, 1)
