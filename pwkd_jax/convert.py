@@ -5,7 +5,9 @@
 
 Reads .safetensors, and PyTorch checkpoints where PyTorch is installed, in the names of RepDistiller, mdistiller, torchvision
 and timm. Only tensors are loaded: a file that holds anything else is refused. Every tensor has to find its place: what is
-missing, left over or of another shape is listed. Exits with code 2 and one sentence on a mistake.
+missing, left over or of another shape is listed. A file does not say by which mean and deviation its images were normalised:
+give --mean and --std, unless it is a CIFAR-100 or an ImageNet network of those projects. Exits with code 2 and one sentence
+on a mistake.
 """
 
 import argparse
@@ -26,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="FILE.safetensors; its card goes beside it")
     parser.add_argument("--image-size", type=int, help="of training; 224 for ImageNet models and transformers, otherwise 32")
     parser.add_argument("--channels", type=int, default=3, help="of the images")
-    parser.add_argument("--mean", type=_numbers, help="by which images were normalised, as in 0.5,0.5,0.5; that of the "
-                        "reference projects where it is not given, but for transformers, which have two")  # fmt: skip
+    parser.add_argument("--mean", type=_numbers, help="by which training normalised pixels in [0, 1], as in 0.5,0.5,0.5; not "
+                        "needed for CIFAR-100 and ImageNet networks of the reference projects")  # fmt: skip
     parser.add_argument("--std", type=_numbers, help="the same")
     parser.add_argument("--key", default="", help="which network of several in the file, as in state_dict_ema or teacher")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="what to leave out, as in 'teacher.*'")

@@ -86,6 +86,7 @@ def test_overrides(override, key, value):
         ("student.optimizer.momentum=1.0", r"student.optimizer.momentum: 1.0 is not possible"),
         ("checkpoint.every=never", r"checkpoint.every: 'never' is not a duration"),
         ("data.std=(1.0,)", r"data.std: .* given together with data.mean"),
+        ("student.schedule.single_form=one_cycle", None),
     ],
 )
 def test_mistakes_are_named(override, sentence):
@@ -105,12 +106,34 @@ def test_mistakes_are_named(override, sentence):
         (("teacher.sampling=sandwich", "teacher.pool=(0.3,)"), r"teacher.pool: .*'switchable'"),
         (("teacher.sampling=sandwich", "teacher.batch_norm=shared", "teacher.pool=(0.1,)"), r"between the ends"),
         (("student.optimizer.nesterov=true", "student.optimizer.momentum=0"), r"nesterov: .* false where momentum is 0"),
+        (("teacher.schedule.form=triangular", "teacher.schedule.warmup=1 epochs"), r"warmup: .* is triangular, which rises"),
+        (("student.schedule.single_form=one_cycle", "student.schedule.warmup=5 %"), r"warmup: .* is one_cycle, which rises"),
+        (("data.mean=123.675,116.28,103.53", "data.std=58.395,57.12,57.375"),
+         r"^data\.mean: 123\.675,116\.28,103\.53 is in units of pixels up to 255, .* divided by 255: 0\.485,0\.456,0\.406$"),
+        (("data.mean=0.485,0.456,0.406", "data.std=58.395,57.12,57.375"),
+         r"^data\.std: 58\.395,57\.12,57\.375 is in units .* divided by 255: 0\.229,0\.224,0\.225$"),
+        (("data.mean=127.5", "data.std=127.5"), r"^data\.mean: 127\.5 is in units of pixels up to 255, .* by 255: 0\.5$"),
+        (("data.mean=0.5", "data.std=0"), r"^data\.std: 0 is not possible; each should be in \[0\.001, 1\], .* as in 0\.229"),
+        (("data.mean=0.5", "data.std=1e-6"), r"^data\.std: 1e-06 is not possible"),
+        (("data.mean=0.5,0.5,0.5", "data.std=0.2,-0.2,0.2"), r"^data\.std: 0\.2,-0\.2,0\.2 is not possible"),
+        (("data.mean=0.5", "data.std=1000"), r"^data\.std: 1000 is not possible"),
+        (("data.mean=-0.5", "data.std=0.5"), r"^data\.mean: -0\.5 is not possible; each should be in \[0, 1\]"),
+        (("data.mean=32896", "data.std=0.5"), r"^data\.mean: 32896 is not possible"),
     ],
 )
 def test_contradictions_are_named(overrides, sentence):
     with pytest.raises(UserError) as e:
         load(*overrides)
     assert re.search(sentence, str(e.value)), str(e.value)
+
+
+@pytest.mark.parametrize(
+    "mean, std",
+    # ImageNet's; Inception's, pixels in [-1, 1]; pixels as they are; Caffe's, pixels up to 255 less a mean.
+    [("0.485,0.456,0.406", "0.229,0.224,0.225"), ("0.5", "0.5"), ("0", "1"), ("0.485", "0.00392156862745098")],
+)
+def test_normalisations_that_are_in_use(mean, std):
+    assert load(f"data.mean={mean}", f"data.std={std}").data.mean == tuple(map(float, mean.split(",")))
 
 
 def test_config_files_that_are_wrong(tmp_path):

@@ -218,6 +218,22 @@ def test_students_and_teachers_are_saved_and_loaded(task, net, teacher, tmp_path
         pwkd.load(own, model=Tiny(width=1.0, num_classes=3))
 
 
+@pytest.mark.parametrize(
+    "mean, std, sentence",
+    [
+        ((127.5,) * 3, (127.5,) * 3, r"^mean: 127\.5,127\.5,127\.5 is in units of pixels up to 255, .*: 0\.5,0\.5,0\.5$"),
+        ((0.5,) * 3, (51.0,) * 3, r"^std: 51,51,51 is in units of .* by 255: 0\.2,0\.2,0\.2$"),
+        ((0.5,) * 3, (0.0,) * 3, r"^std: 0,0,0 is not possible; each should be in \[0\.001, 1\]"),
+    ],
+)
+def test_normalisations_in_other_units_are_refused(mean, std, sentence):
+    images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.arange(4)
+    with pytest.raises(pwkd.UserError, match=sentence):
+        pwkd.task((images, labels), mean=mean, std=std)
+    # Float images are not divided by 255, so that theirs may be in any units.
+    assert pwkd.task((images.astype(np.float32), labels), mean=(127.5,) * 3, std=(51.0,) * 3).std == (51.0,) * 3
+
+
 class Loader:
     """Batches as PyTorch's DataLoader gives them: a length, and a fresh pass each time."""
 

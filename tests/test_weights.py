@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pickle
 import re
 import shutil
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import close, varied
+from conftest import close, identical, made_up, varied
 from flax.traverse_util import flatten_dict
 from scipy.special import log_softmax, rel_entr
 from sklearn.metrics import log_loss, top_k_accuracy_score
@@ -25,10 +26,12 @@ from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition, loading
 from pwkd_jax.experiment.run import run as run_experiment
 from pwkd_jax.training import scores
+from pwkd_jax.weights import convert as convert_module
 from pwkd_jax.weights import pytorch
 
 TORCH = importlib.util.find_spec("torch") is not None
 SHAPE, MEAN, STD = (8, 8, 1), "0.3", "0.4"
+GREY_TO = ["{source}", "--model=resnet8", "--out=x.safetensors"]
 AS_DIGITS = ["--image-size=8", "--channels=1", f"--mean={MEAN}", f"--std={STD}"]
 
 
@@ -126,6 +129,27 @@ def test_evaluate_scores_every_kind_alike(kind, converted, exported, digits, log
     assert result["agreement"] > 99.5 and abs(result["divergence"]) < 1e-5
     assert evaluate.main([str(target), "--data=digits", "--split=test[:50]"]) == 0
     assert "test[:50]: 50 images" in capsys.readouterr().out
+
+
+def test_two_exports_are_the_same_bytes(converted, exported, tmp_path):
+    """Whoever exports: here, deeper in a call, in PyTorch's names, and in another process with another seed of hashes."""
+
+    def deeper(*options: str) -> int:
+        return export.main([str(converted), *options])
+
+    assert deeper(f"--out={tmp_path / 'again'}") == 0
+    command = [sys.executable, "-m", "pwkd_jax.export", str(converted), f"--out={tmp_path / 'other'}"]
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(export.__file__).parents[1])}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    for name in ("model.safetensors", "model.json", "model.stablehlo"):
+        assert len({(folder / name).read_bytes() for folder in (exported, tmp_path / "again", tmp_path / "other")}) == 1, name
+    torch = []
+    for folder in ("one", "two"):
+        assert deeper(f"--out={tmp_path / folder}", "--names=torch", "--platforms=cpu") == 0
+        torch.append((tmp_path / folder / "model.safetensors").read_bytes())
+    assert torch[0] == torch[1]
+    program = (exported / "model.stablehlo").read_bytes()
+    assert str(Path(export.__file__).parent).encode() not in program and b".py" not in program
 
 
 def test_export_in_pytorch_names_is_the_file_it_came_from(source, converted, tmp_path):
@@ -280,7 +304,91 @@ def test_weights_that_do_not_fit_an_experiment(options, sentence, run, tmp_path,
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize(
+    "model, classes, options, expected",
+    [
+        ("resnet8", 10, [], None),  # CIFAR-10
+        ("resnet8", 200, [], None),  # Tiny-ImageNet
+        ("resnet8", 100, ["--image-size=64"], None),
+        ("imagenet_MobileNetV2", 10, [], None),
+        ("vit_tiny_patch16", 1000, [], None),
+        ("resnet8", 100, [], convert_module.CIFAR100),
+        ("vgg8", 100, [], convert_module.CIFAR100),
+        ("imagenet_MobileNetV2", 1000, [], convert_module.IMAGENET),
+        ("resnet8", 10, ["--mean=0.5,0.5,0.5", "--std=0.25,0.25,0.25"], ((0.5,) * 3, (0.25,) * 3)),
+    ],
+)
+def test_a_normalisation_that_nobody_knows_is_asked_for(model, classes, options, expected, tmp_path, capsys):
+    network = models.create(model, num_classes=classes)
+    size = 32 if model in ("resnet8", "vgg8") else 224
+    path, out = tmp_path / "w.safetensors", tmp_path / "o.safetensors"
+    safetensors.numpy.save_file(pytorch.to_torch(network, made_up(network, (size, size, 3))), path)
+    command = [str(path), f"--model={model}", f"--out={out}", *options]
+    if expected is None:
+        assert "--mean, --std: give those that these weights were trained with" in error(convert.main, *command, capsys=capsys)
+        assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+    else:
+        assert convert.main(command) == 0
+        card = json.loads(out.with_suffix(".json").read_text())
+        assert (tuple(card["mean"]), tuple(card["std"])) == expected
+
+
 # Files that are refused.
+
+
+def flipped(path: Path, bit: int) -> Path:
+    """The file with one bit changed, in place; negative bits count from its end."""
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    return path
+
+
+def test_a_flipped_bit_of_a_finished_teacher_is_named(run, tmp_path, capsys):
+    work = shutil.copytree(run, tmp_path / "work")
+    file, student = work / "teacher/slimmable/width_1.safetensors", work / "students/pwkd/seed0"
+    whole = file.read_bytes()
+    for bit in (-1, -99, 8 * 40 + 2):
+        flipped(file, bit)
+        for main, arguments in (
+            (evaluate.main, [work / "teacher/slimmable"]),
+            (evaluate.main, [student]),  # it predicts by its teacher's classifier
+            (export.main, [work / "teacher/slimmable", f"--out={tmp_path / 'o'}"]),
+            (train.main, [*TINY, f"--workdir={tmp_path / 'w'}", f"--config.teacher.weights={file}"]),
+        ):
+            assert re.search(r"width_1\.safetensors: is not ", error(main, *arguments, capsys=capsys))
+        assert not (tmp_path / "o").exists() and not (tmp_path / "w").exists()
+        file.write_bytes(whole)
+    assert evaluate.main([str(work / "teacher/slimmable"), "--split=test[:50]"]) == 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.stablehlo"])
+@pytest.mark.parametrize("names", ["flax", "torch"])
+def test_a_flipped_bit_of_an_export_is_named(name, names, converted, exported, tmp_path, capsys):
+    if names == "flax":
+        shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    else:
+        assert export.main([str(converted), f"--out={tmp_path}", "--platforms=cpu", "--names=torch"]) == 0
+        capsys.readouterr()
+    whole = (tmp_path / name).read_bytes()
+    for bit in (3, 8 * 100, 4 * len(whole), -7):
+        flipped(tmp_path / name, bit)
+        if name == "model.safetensors" and names == "torch":
+            arguments = (convert.main, tmp_path / name, "--model=resnet8", f"--out={tmp_path / 'o.safetensors'}", *AS_DIGITS)
+        else:
+            arguments = (evaluate.main, tmp_path / name, "--data=digits")
+        assert re.search(rf"{name}: is not ", error(*arguments, capsys=capsys))
+        (tmp_path / name).write_bytes(whole)
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_files_of_before_checksums_are_read(converted, tmp_path):
+    """As versions before wrote them: the same two texts, and safetensors' own bytes."""
+    arrays = safetensors.numpy.load_file(converted)
+    card = converted.with_suffix(".json").read_text()
+    safetensors.numpy.save_file(arrays, tmp_path / "old.safetensors", {"format": "pwkd_jax", "card": card})
+    variables, found = weights.read(tmp_path / "old.safetensors")
+    assert identical(variables, weights.read(converted)[0]) and found == json.loads(card)
 
 
 def spoiled(tmp_path, source, how: str) -> Path:
@@ -407,8 +515,14 @@ def test_pytorch_checkpoints(source, tmp_path, capsys):
         (export.main, ["{converted}", "--out={garbage}/model.stablehlo"], r"--out: .* cannot be written"),
         (export.main, ["{work}/students/pwkd/seed0", "--out={garbage}/o", "--names=torch"], r"--names: .* no PyTorch original"),
         (convert.main, ["{source}", "--model=resnet8", "--out=x.pth"], r"--out: 'x\.pth' should be a name ending in"),
-        (convert.main, ["{source}", "--model=resnet8", "--out=x.safetensors", "--channels=1"], r"--mean, --std: each should"),
-        (convert.main, ["{source}", "--model=resnet8", "--out=x.safetensors", "--mean=nan,0,0"], r"--mean, --std: each should"),
+        (convert.main, [*GREY_TO, "--channels=1"], r"--mean, --std: give those that"),
+        (convert.main, [*GREY_TO, "--std=0.3"], r"--mean, --std: each should be 3"),
+        (convert.main, [*GREY_TO, "--mean=nan,0,0"], r"--mean, --std: each should"),
+        (convert.main, [*GREY_TO, "--mean=nan,0,0", "--std=1,1,1"], r"--mean: nan,0,0 is not possible"),
+        (convert.main, [*GREY_TO, "--mean=123.675,116.28,103.53", "--std=1,1,1"],
+         r"--mean: 123\.675,116\.28,103\.53 is in units of .* divided by 255: 0\.485,0\.456,0\.406$"),
+        (convert.main, [*GREY_TO, "--channels=1", "--mean=0.5", "--std=0"], r"--std: 0 is not possible"),
+        (convert.main, [*GREY_TO, "--channels=1", "--mean=0.5", "--std=63.75"], r"--std: 63\.75 is in units .* by 255: 0\.25$"),
         (convert.main, ["{source}", "--model=vit_tiny_patch16", "--out=x.safetensors"], r"--mean, --std: give those that"),
         (convert.main, ["{converted}", "--model=resnet8", "--out=x.safetensors"], r"a file of this project already"),
         (convert.main, ["{garbage}", "--model=resnet8", "--out=x.safetensors"], r"is a directory"),
@@ -520,6 +634,11 @@ def test_scores_of_ties_certainty_and_few_classes():
     assert found["nll"] == pytest.approx(np.log(2) / 2)
     none = scores.per_image(np.array([[np.nan] * 3, [0.0, np.nan, -1.0]]), np.array([0, 1]))
     assert none["top1"].tolist() == [0, 0]
+
+
+def test_the_normalisation_of_ones_own_model_is_asked_for():
+    with pytest.raises(UserError, match=r"--mean, --std: give those .*'my_model:Net' for 100 classes of 32x32x3 images is"):
+        convert_module.normalisation("my_model:Net", 100, (32, 32, 3))
 
 
 def test_own_models_convert_under_their_own_names(tmp_path):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from pwkd_jax import distillers, models, slimmable, stages
+from pwkd_jax import data, distillers, models, slimmable, stages
 from pwkd_jax.config.schema import leaves
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import precision
@@ -50,8 +50,8 @@ def check(config: ConfigDict) -> None:
     for key in ("data.mean", "data.std", "teacher.widths", "teacher.pool", "student.widths", "student.stage_shares",
                 "teacher.schedule.milestones", "student.schedule.milestones"):  # fmt: skip
         numbers(key)
-    need("data.std", all(v > 0 for v in c.data.std) and len(c.data.std) == len(c.data.mean),
-         "one number above 0 for each channel, given together with data.mean")  # fmt: skip
+    need("data.std", len(c.data.std) == len(c.data.mean), "one number for each channel, given together with data.mean")
+    data.check_normalisation(c.data.mean, c.data.std, "data.mean", "data.std")
 
     d = c.data
     numbers("data.scale")

@@ -50,7 +50,7 @@ def default() -> ConfigDict:
         "num_classes": 0,  # 0: as the data set says; otherwise it must agree
         "crop_padding": 0,  # random crop after zero padding by so many pixels
         "flip": False,  # random horizontal flip
-        "mean": (),  # per channel, of pixels in [0, 1]; (): measured
+        "mean": (),  # per channel, of pixels in [0, 1], so numbers in units of 0..255 are divided by 255; (): measured
         "std": (),
         "on_device": "auto",  # the training images, whole on every device: auto (up to 1 GiB), always or never
         "image_size": 0,  # 0: images of one size, decoded once into RAM; above: streamed, cropped to so many pixels

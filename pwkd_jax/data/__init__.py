@@ -4,6 +4,7 @@ counter only (`pipeline`); arrays and iterables of one's own (`user_data`); and 
 random crops and flips on uint8, then normalisation to float32 (`augment`)."""
 
 from pwkd_jax.data.augment import augment, channel_statistics, normalise
+from pwkd_jax.data.normalisation import check_normalisation
 from pwkd_jax.data.pipeline import Pipeline
 from pwkd_jax.data.sources import load, load_split, many_sizes
 from pwkd_jax.data.splits import Dataset, Split, Streaming
@@ -11,4 +12,5 @@ from pwkd_jax.data.stream import Stream, batches, eval_batches
 from pwkd_jax.data.user_data import Batches, as_split
 
 __all__ = ["Batches", "Dataset", "Pipeline", "Split", "Stream", "Streaming", "as_split", "augment", "batches",
-           "channel_statistics", "eval_batches", "load", "load_split", "many_sizes", "normalise"]  # fmt: skip
+           "channel_statistics", "check_normalisation", "eval_batches", "load", "load_split", "many_sizes",
+           "normalise"]  # fmt: skip

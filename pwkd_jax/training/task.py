@@ -141,9 +141,11 @@ def task(
             split.num_classes = num_classes
         if isinstance(split, data.Split) and len(split) and int(split.labels.max()) >= num_classes:
             raise UserError(f"num_classes: a label is {int(split.labels.max())}, which {num_classes} classes do not have")
-    if not mean:
+    dtype = train.images.dtype if in_memory else getattr(train, "dtype", np.dtype(np.uint8))
+    if len(mean) and dtype == np.uint8:  # float images are not divided by 255, so theirs are in the images' own units
+        data.check_normalisation(mean, std, "mean", "std")
+    if not len(mean):
         channels = train.image_shape[-1]
-        dtype = train.images.dtype if in_memory else getattr(train, "dtype", np.dtype(np.uint8))
         if dtype != np.uint8:
             mean, std = (0.0,) * channels, (1.0,) * channels
         elif in_memory:

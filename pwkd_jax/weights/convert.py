@@ -1,55 +1,77 @@
 """A PyTorch network's weights as a file of this project."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from pwkd_jax import models, weights
+from pwkd_jax.data import check_normalisation
 from pwkd_jax.errors import UserError
 from pwkd_jax.weights import pytorch
 
-# Of pixels in [0, 1]: what the reference projects trained with.
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
+# (mean, std) of pixels in [0, 1], which the reference projects trained with: RepDistiller and mdistiller on CIFAR-100;
+# torchvision, and mdistiller after it, on ImageNet.
 CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def convert(
     file: Path, model: str, out: Path, image_size: int | None = None, channels: int = 3,
     mean: Sequence[float] | None = None, std: Sequence[float] | None = None, ignore: Sequence[str] = (), key: str = "",
 ) -> dict:  # fmt: skip
-    """Write `file`'s weights as `out` and return their card. Raises UserError; then nothing is written."""
+    """Write `file`'s weights as `out` and return their card. Raises UserError; then nothing is written.
+
+    mean, std: per channel, of pixels in [0, 1], by which its training normalised images; see `normalisation`.
+    """
     if out.suffix != ".safetensors":
         raise UserError(f"--out: '{out}' should be a name ending in .safetensors")
     for option, value in (("--image-size", image_size), ("--channels", channels)):
         if value is not None and value < 1:
             raise UserError(f"{option}: {value} is not possible; it should be at least 1")
     known = models.create(model)  # first, for a wrong name should not wait for a large file
-    if model.startswith("vit_") and not (mean and std):
-        raise UserError(
-            "--mean, --std: give those that these weights were trained with; timm's own have 0.5,0.5,0.5 for both, "
-            "DeiT's and torchvision's 0.485,0.456,0.406 and 0.229,0.224,0.225"
-        )
+    _check_given(model, channels, mean, std)
     found = pytorch.read(file, key)
     pytorch.refuse_narrow(str(file), found, ignore)
     classes = pytorch.classes(known, found)
     if classes is None:
         raise UserError(f"{file}: does not fit '{model}': there is no classifier among its {len(found)} tensors")
-    large = model.startswith(("imagenet_", "vit_"))
-    default_mean, default_std = IMAGENET if large else CIFAR100
-    size = image_size or (224 if large else 32)
-    shape, mean, std = (size, size, channels), mean or default_mean, std or default_std
-    if not len(mean) == len(std) == channels or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
-        raise UserError(f"--mean, --std: each should be {channels} numbers, one a channel, and those of --std above 0")
+    size = image_size or (224 if model.startswith(("imagenet_", "vit_")) else 32)
+    shape = (size, size, channels)
     with open(file, "rb") as content:
         source = {"file": file.name, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
     network = models.create(model, num_classes=classes)
     variables = pytorch.to_flax(str(file), model, network, shape, found, ignore)
+    mean, std = (mean, std) if mean else normalisation(model, classes, shape)
     card = weights.card(model, 1.0, 0, classes, shape, mean, std, source)
     try:
         weights.write(out, variables, card)
     except OSError as e:
         raise UserError(f"--out: '{out}' cannot be written ({e.strerror})") from e
     return card
+
+
+def normalisation(model: str, classes: int, image_shape: Sequence[int]) -> tuple[Sequence[float], Sequence[float]]:
+    """(mean, std) by which the reference projects train a model of this name, as far as that is known: residual and mobile
+    networks on ImageNet's 1000 classes, and the small ones on CIFAR-100. Raises UserError for any other."""
+    if model.startswith("imagenet_") and classes == 1000 and image_shape[2] == 3:
+        return IMAGENET
+    small = not model.startswith(("imagenet_", "vit_")) and ":" not in model  # one's own may have been trained in any way
+    if small and classes == 100 and tuple(image_shape) == (32, 32, 3):
+        return CIFAR100
+    size = "x".join(map(str, image_shape))
+    raise UserError(
+        f"--mean, --std: give those that these weights were trained with, of pixels in [0, 1], as in --mean=0.5,0.5,0.5; their "
+        f"file does not say, and '{model}' for {classes} classes of {size} images is of no reference project"
+    )
+
+
+def _check_given(model: str, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    if mean or std:
+        if not (mean and std and len(mean) == len(std) == channels):
+            raise UserError(f"--mean, --std: each should be {channels} numbers, one a channel, and both given together")
+        check_normalisation(mean, std, "--mean", "--std")
+    elif model.startswith("vit_"):
+        raise UserError(
+            "--mean, --std: give those that these weights were trained with; timm's own have 0.5,0.5,0.5 for both, "
+            "DeiT's and torchvision's 0.485,0.456,0.406 and 0.229,0.224,0.225"
+        )
