@@ -47,9 +47,12 @@ def check(config: ConfigDict) -> None:
          "0 or 1 where images are streamed or data.on_device is 'never'")  # fmt: skip
     need("data.num_classes", c.data.num_classes >= 0, "0 (as the data set says) or its number of classes")
     need("data.crop_padding", c.data.crop_padding >= 0, "0 or more pixels")
-    for key in ("data.mean", "data.std", "teacher.widths", "teacher.pool", "student.widths", "student.stage_shares",
-                "teacher.schedule.milestones", "student.schedule.milestones"):  # fmt: skip
+    need("data.pixel_range", not c.data.pixel_range or c.data.name == "folder", "() unless data.name is 'folder'")
+    for key in ("data.pixel_range", "data.mean", "data.std", "teacher.widths", "teacher.pool", "student.widths",
+                "student.stage_shares", "teacher.schedule.milestones", "student.schedule.milestones"):  # fmt: skip
         numbers(key)
+    need("data.pixel_range", len(set(c.data.pixel_range)) == len(c.data.pixel_range) in (0, 2),
+         "() or the values of black and of white, as in (0,4095)")  # fmt: skip
     need("data.std", len(c.data.std) == len(c.data.mean), "one number for each channel, given together with data.mean")
     data.check_normalisation(c.data.mean, c.data.std, "data.mean", "data.std")
 

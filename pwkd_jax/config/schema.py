@@ -45,10 +45,11 @@ def default() -> ConfigDict:
     config.data = ConfigDict({
         "name": "digits",  # scikit-learn's digits, any TFDS image classification set, or folder: SPLIT/CLASS/IMAGE
         "data_dir": "",  # where TFDS sets lie, or the folder; '' is TFDS's own default, ~/tensorflow_datasets
-        "train_split": "train",  # TFDS slicing: train[:5000]
-        "test_split": "test",
+        "train_split": "train",  # TFDS slicing, train[:5000]; or stratified(train, 80%), so much of each class
+        "test_split": "test",  # of that, what is left: stratified(train, 80%:); another draw: stratified(train, 80%:, seed=1)
         "num_classes": 0,  # 0: as the data set says; otherwise it must agree
         "crop_padding": 0,  # random crop after zero padding by so many pixels
+        "pixel_range": (),  # folder: black and white of samples that are no bytes, as (0,4095); (): as a 16-bit type says
         "flip": False,  # random horizontal flip
         "mean": (),  # per channel, of pixels in [0, 1], so numbers in units of 0..255 are divided by 255; (): measured
         "std": (),

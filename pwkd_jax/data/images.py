@@ -10,14 +10,12 @@ import math
 import numpy as np
 import PIL.Image
 
+from pwkd_jax.data import depth
+from pwkd_jax.data.depth import Unreadable
 from pwkd_jax.errors import UserError
 
 RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
 NUMBERS = 41  # random numbers of one training image: four for each of ten tries, and one for the flip
-
-
-class Unreadable(Exception):
-    """Bytes that are no whole image; its text is the reason, as part of a sentence."""
 
 
 def opencv():
@@ -46,13 +44,16 @@ def jpeg_header(encoded: bytes) -> tuple[int, int, int] | None:
     return None
 
 
-def decode(encoded: bytes, reduce: int = 1) -> np.ndarray:
-    """RGB uint8 [H, W, 3] of any format that OpenCV or Pillow knows by its content.
+def decode(encoded: bytes, reduce: int = 1, pixel_range: tuple[float, ...] = ()) -> np.ndarray:
+    """RGB uint8 [H, W, 3] of any format that OpenCV or Pillow knows by its content; of several pictures in it, the first.
 
     reduce: 1, 2, 4 or 8, a JPEG only: decoded at so small a part of its size, [ceil(H / reduce), ceil(W / reduce), 3], by
-    smaller inverse transforms; what that costs falls nearly as its pixels do. Raises Unreadable.
+    smaller inverse transforms; what that costs falls nearly as its pixels do. pixel_range: (black, white) of samples that
+    are no bytes, see `depth`. Raises Unreadable.
     """
     cv2 = opencv()
+    if depth.is_deep(encoded):
+        return depth.decode(encoded, cv2, pixel_range)
     header = jpeg_header(encoded)
     if encoded and (header is None or header[2] != 4):
         # OpenCV's names of the reduced modes contain the bit of BGR, which excludes that of RGB.
@@ -113,18 +114,19 @@ def resize(image: np.ndarray, height: int, width: int, fast: bool = False, out: 
 
 
 def train_image(
-    encoded: bytes, numbers: np.ndarray, size: int, scale: tuple[float, float], flip: bool, out: np.ndarray | None = None
-) -> np.ndarray:
+    encoded: bytes, numbers: np.ndarray, size: int, scale: tuple[float, float], flip: bool, out: np.ndarray | None = None,
+    pixel_range: tuple[float, ...] = (),
+) -> np.ndarray:  # fmt: skip
     """A random crop of an encoded image, resized and perhaps mirrored: uint8 [size, size, 3].
 
     numbers: NUMBERS of them, uniform in [0, 1), which alone decide what is random. The crop is drawn first, and a JPEG
     decoded at a half, quarter or eighth where the crop then still has `size` pixels each way. out: written and returned where
-    given. Raises Unreadable.
+    given. pixel_range: see `decode`. Raises Unreadable.
     """
     header = jpeg_header(encoded)
     reduce, image = 1, None
     if header is None:
-        image = decode(encoded)
+        image = decode(encoded, 1, pixel_range)
     height, width = header[:2] if header else image.shape[:2]
     if not height or not width:
         raise Unreadable("its header gives no size")
@@ -142,13 +144,13 @@ def train_image(
     return resize(image, size, size, fast=True, out=out)
 
 
-def test_image(encoded: bytes, size: int, shorter: int) -> np.ndarray:
+def test_image(encoded: bytes, size: int, shorter: int, pixel_range: tuple[float, ...] = ()) -> np.ndarray:
     """The central `size` x `size` pixels after the shorter side became `shorter`: uint8 [size, size, 3].
 
     The longer side becomes int(shorter * longer side / shorter side), as in torchvision. Raises Unreadable.
     """
     header = jpeg_header(encoded)
-    image = decode(encoded, _reduction(*header[:2], shorter) if header else 1)
+    image = decode(encoded, _reduction(*header[:2], shorter)) if header else decode(encoded, 1, pixel_range)
     height, width = header[:2] if header else image.shape[:2]
     if height <= width:
         height, width = shorter, int(shorter * width / height)

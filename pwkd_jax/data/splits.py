@@ -28,6 +28,7 @@ class Streaming:
     """How images of many sizes become squares of `image_size` pixels, see `images`; the keys of `data` of these names.
 
     workers: processes that decode, below 0 one a core, 0 a thread of this one. unreadable: share of a training split.
+    pixel_range: (black, white) of samples that are no bytes.
     """
 
     image_size: int
@@ -36,16 +37,21 @@ class Streaming:
     flip: bool = False
     workers: int = -1
     unreadable: float = 0.0
+    pixel_range: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Two splits, `Split` or `stream.Stream`, of equal image shape and the number of classes of their labels."""
+    """Two splits, `Split` or `stream.Stream`, of equal image shape and the number of classes of their labels.
+
+    classes: their names, () where there are none.
+    """
 
     name: str
     train: Split
     test: Split
     num_classes: int
+    classes: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -64,7 +64,7 @@ class Stream:
         """Count an unreadable training image and say so, once. Raises UserError beyond the share allowed."""
         if index in self.skipped:
             return
-        _, reason = _decoded(self.source, [index], lambda encoded, row: images.decode(encoded))[0]
+        _, reason = _decoded(self.source, [index], lambda encoded, row: images.decode(encoded, 1, self.options.pixel_range))[0]
         self.skipped[index] = str(reason)
         if len(self.skipped) > self.allowed:
             raise UserError(_complaint(self.source, index, reason, self.allowed))
@@ -199,7 +199,7 @@ class _Train:
         batch = np.empty(self.shape, np.uint8) if out is None else out
 
         def decode(encoded: bytes, row: int) -> np.ndarray:
-            return images.train_image(encoded, numbers[row], o.image_size, o.scale, o.flip, batch[row])
+            return images.train_image(encoded, numbers[row], o.image_size, o.scale, o.flip, batch[row], o.pixel_range)
 
         index, labels = wanted.copy(), np.empty(len(wanted), np.int32)
         for row, (label, image) in enumerate(_decoded(self.source, wanted, decode)):
@@ -236,7 +236,7 @@ class _Eval:
         image = np.empty(self.shape, np.uint8) if out is None else out
         image[~real] = 0
         labels = np.zeros(len(index), np.int32)
-        found = _decoded(self.source, index[real], lambda x, _: images.test_image(x, o.image_size, o.resize))
+        found = _decoded(self.source, index[real], lambda x, _: images.test_image(x, o.image_size, o.resize, o.pixel_range))
         for row, (label, pixels) in zip(np.flatnonzero(real), found, strict=True):
             if isinstance(pixels, Unreadable):
                 raise UserError(
