@@ -5,7 +5,7 @@ import os
 import numpy as np
 from ml_collections import ConfigDict
 
-from pwkd_jax.data import sources
+from pwkd_jax.data import slices, sources
 from pwkd_jax.data.splits import Dataset, Split
 from pwkd_jax.errors import UserError
 
@@ -41,7 +41,7 @@ def outline(config: ConfigDict, images: int = 0, image_size: int = 0) -> tuple[D
         raise UserError(f"data.name: '{d.name}' is neither in data.data_dir nor a well-known set; add {missing}=N")
     shards = {name: [count] for name, count in splits.items()}
     train, test = (
-        sum(stop - start for _, start, stop in sources._ranges(f"data.{key}", d[key], d.name, shards)) if splits else images
+        slices.length(f"data.{key}", d[key], d.name, shards) if splits else images
         for key in ("train_split", "test_split")
     )
     return Dataset(d.name, _empty(images or train, shape), _empty(test, shape), classes), source

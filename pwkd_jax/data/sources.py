@@ -7,12 +7,15 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from pwkd_jax.data import slices
 from pwkd_jax.data.records import Records
 from pwkd_jax.data.records import find as _find
+from pwkd_jax.data.slices import Range
 from pwkd_jax.data.splits import Dataset, Split, Streaming
 from pwkd_jax.data.stream import Stream
 from pwkd_jax.errors import UserError
@@ -20,29 +23,30 @@ from pwkd_jax.errors import UserError
 # Records fetched by one call: reading them one at a time costs as much as decoding them (measured: 130 us each).
 _CHUNK = 256
 
-# A stretch of one stored split: (its name, first record, one past the last).
-Range = tuple[str, int, int]
-
 
 @dataclasses.dataclass(frozen=True)
 class _Store:
     """What `load` needs of a place that holds images.
 
     shards: {split: number of records in each of its files}; num_classes: 0 where the store does not say;
-    read(ranges, num_classes) -> Split; source(ranges) -> a `stream.Source` of the same images, still encoded;
-    many_sizes(): whether it is, or may be, of images of many sizes.
+    read(ranges, num_classes) -> Split; labels(ranges) -> int32 [N]; source(ranges) -> a `stream.Source` of the same images,
+    still encoded; many_sizes(): whether it is, or may be, of images of many sizes. names: of the classes, where it has any;
+    notes: {split: what a user should know of it, clauses for a message}.
     """
 
     shards: Mapping[str, list[int]]
     num_classes: int
     read: Callable[[list[Range], int], Split]
+    labels: Callable[[list[Range]], np.ndarray]
     source: Callable | None = None
     many_sizes: Callable[[], bool] = lambda: False
+    names: Sequence[str] = ()
+    notes: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 def load(
     name: str, data_dir: str = "", train_split: str = "train", test_split: str = "test", num_classes: int = 0,
-    streaming: Streaming | None = None,
+    streaming: Streaming | None = None, pixel_range: tuple[float, ...] = (),
 ) -> Dataset:  # fmt: skip
     """The data set `name`, decoded into RAM; with `streaming` its splits are `stream.Stream`, of images of any size.
 
@@ -50,41 +54,62 @@ def load(
     values 0..16 stretched to 0..255. It has no official split; here image i is a test image where i % 3 == 2 (599) and
     a training image otherwise (1,198). The same writers occur on both sides, so test accuracy is optimistic.
 
-    `folder` is data_dir/SPLIT/CLASS/IMAGE, see `folder.scan`; a slice of a split then holds its first classes alone.
+    `folder` is data_dir/SPLIT/CLASS/IMAGE, see `folder.scan`; a slice of a split then holds its first classes alone, and a
+    slice of each class is stratified(SPLIT, 80%), see `slices`. pixel_range: (black, white) of samples that are no bytes, see
+    `depth`.
 
     Any other name is a TFDS data set already prepared in array_record: `name[/config][:version]` below `data_dir`, a
     local or mounted folder ('' is TFDS's default, ~/tensorflow_datasets or $TFDS_DATA_DIR); the newest version where
     none is given. Nothing is ever downloaded. It needs features `image` (uint8, one shape throughout) and `label`.
 
-    Splits take TFDS's slices: 'train[:5000]', 'train[10%:20%]', 'train[:100]+train[200:300]'. Whether the two splits
-    share images is not checked. num_classes: 0, or what the data set must have (for data sets that do not say: has).
+    Splits take TFDS's slices, 'train[:5000]', 'train[10%:20%]', 'train[:100]+train[200:300]', and those of each class, see
+    `slices`. Whether the two splits share images is not checked; whether they make a task is, where one is made of them, by
+    `soundness`. num_classes: 0, or what the data set must have (for data sets that do not say: has).
 
-    Raises UserError, naming the config key or the file at fault.
+    What of a folder was left out is said on standard error. Raises UserError, naming the config key or the file at fault.
     """
-    store, classes = _open(name, data_dir, num_classes)
+    specs = {"data.train_split": train_split, "data.test_split": test_split}
+    store, classes = _open(name, data_dir, num_classes, specs, pixel_range)
     # Both specifications are checked before anything is decoded.
-    train_ranges = _ranges("data.train_split", train_split, name, store.shards)
-    test_ranges = _ranges("data.test_split", test_split, name, store.shards)
+    train_ranges, test_ranges = (slices.ranges(key, spec, name, store.shards, store.labels) for key, spec in specs.items())
+    _say_notes(store, train_ranges + test_ranges)
     train, test = (_take(store, ranges, name, classes, streaming) for ranges in (train_ranges, test_ranges))
     if train.image_shape != test.image_shape:
         raise UserError(
             f"data.name: images of data set '{name}' are {_size(train.image_shape)} in '{train_split}' but "
             f"{_size(test.image_shape)} in '{test_split}'; all must have one size, or be streamed at a data.image_size"
         )
-    return Dataset(name, train, test, classes)
+    return Dataset(name, train, test, classes, tuple(store.names))
 
 
 def load_split(
-    name: str, data_dir: str, split: str, num_classes: int = 0, streaming: Streaming | None = None
-) -> tuple[Split, int]:
+    name: str, data_dir: str, split: str, num_classes: int = 0, streaming: Streaming | None = None,
+    pixel_range: tuple[float, ...] = (),
+) -> tuple[Split, int]:  # fmt: skip
     """(one split of the data set `name`, its number of classes); arguments and errors as `load` has them."""
-    store, classes = _open(name, data_dir, num_classes)
-    return _take(store, _ranges("--split", split, name, store.shards), name, classes, streaming), classes
+    store, classes = _open(name, data_dir, num_classes, {"--split": split}, pixel_range)
+    ranges = slices.ranges("--split", split, name, store.shards, store.labels)
+    _say_notes(store, ranges)
+    return _take(store, ranges, name, classes, streaming), classes
 
 
-def many_sizes(name: str, data_dir: str) -> bool:
-    """Whether the data set `name` is of images of many sizes (TFDS: does not promise one), which have to be streamed."""
-    return (_digits() if name == "digits" else _folder(data_dir) if name == "folder" else _tfds(name, data_dir)).many_sizes()
+def many_sizes(name: str, data_dir: str, split: str = "") -> bool:
+    """Whether the data set `name`, of a folder its `split`, is of images of many sizes (TFDS: does not promise one), which have
+    to be streamed."""
+    return _store(name, data_dir, {"--split": split} if split else None).many_sizes()
+
+
+def _store(name: str, data_dir: str, specs: Mapping[str, str] | None = None, pixel_range: tuple[float, ...] = ()) -> _Store:
+    """specs: {key: specification} of the splits that will be read; None: of them all."""
+    if name == "folder":
+        return _folder(data_dir, specs, pixel_range)
+    return _digits() if name == "digits" else _tfds(name, data_dir)
+
+
+def _say_notes(store: _Store, ranges: list[Range]) -> None:
+    for split in dict.fromkeys(split for split, _, _ in ranges):
+        for note in store.notes.get(split, ()):
+            print(f"warning: split '{split}': {note}", file=sys.stderr)
 
 
 def _take(store: _Store, ranges: list[Range], name: str, num_classes: int, streaming: Streaming | None) -> Split:
@@ -99,9 +124,11 @@ def _take(store: _Store, ranges: list[Range], name: str, num_classes: int, strea
     return Stream(source, num_classes, streaming)
 
 
-def _open(name: str, data_dir: str, num_classes: int) -> tuple[_Store, int]:
+def _open(
+    name: str, data_dir: str, num_classes: int, specs: Mapping[str, str], pixel_range: tuple[float, ...]
+) -> tuple[_Store, int]:
     """(the store, its number of classes)."""
-    store = _digits() if name == "digits" else _folder(data_dir) if name == "folder" else _tfds(name, data_dir)
+    store = _store(name, data_dir, specs, pixel_range)
     if num_classes and store.num_classes and num_classes != store.num_classes:
         raise UserError(
             f"data.num_classes: it says {num_classes}, but data set '{name}' has {store.num_classes} classes; "
@@ -123,38 +150,6 @@ def _first_line(error: Exception) -> str:
     return re.sub(r" <\S+ object at \w+>", "", line).rstrip(".")
 
 
-def _ranges(key: str, spec: str, name: str, shards: Mapping[str, list[int]]) -> list[Range]:
-    """The non-empty ranges of records that a TFDS split specification names, in its order."""
-    if spec in shards:  # no slice, so that the digits do not pay for importing tfds
-        ranges = [(spec, 0, sum(shards[spec]))]
-    else:
-        import tensorflow_datasets as tfds
-
-        try:
-            instruction = tfds.core.ReadInstruction.from_spec(spec)
-        except (ValueError, NotImplementedError) as e:
-            raise UserError(
-                f"{key}: '{spec}' is not a split; write a name with an optional slice, such as 'train', 'train[:500]', "
-                "'train[10%:20%]' or a sum of these with '+'"
-            ) from e
-        for part in spec.split("+"):
-            split = part.strip().partition("[")[0]
-            if split not in shards and split != "all":
-                raise UserError(f"{key}: data set '{name}' has no split '{split}'; it has {', '.join(sorted(shards))}")
-        infos = {s: tfds.core.SplitInfo(name=s, shard_lengths=list(n), num_bytes=0) for s, n in shards.items()}
-        try:
-            absolute = instruction.to_absolute(infos)
-        except ValueError as e:
-            sizes = ", ".join(f"{s} {sum(n)}" for s, n in sorted(shards.items()))
-            raise UserError(f"{key}: '{spec}' reaches beyond the images of data set '{name}', which has {sizes}") from e
-        # None stands for an open end.
-        ranges = [(a.splitname, a.from_ or 0, sum(shards[a.splitname]) if a.to is None else a.to) for a in absolute]
-    ranges = [r for r in ranges if r[1] < r[2]]
-    if not ranges:
-        raise UserError(f"{key}: '{spec}' of data set '{name}' is empty; name a split or slice that holds images")
-    return ranges
-
-
 def _digits() -> _Store:
     from sklearn.datasets import load_digits
 
@@ -167,19 +162,28 @@ def _digits() -> _Store:
         parts = [(splits[s].images[a:b], splits[s].labels[a:b]) for s, a, b in ranges]
         return Split(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
-    return _Store({s: [len(split)] for s, split in splits.items()}, 10, read)
+    def labels(ranges: list[Range]) -> np.ndarray:
+        return np.concatenate([splits[s].labels[a:b] for s, a, b in ranges])
+
+    return _Store({s: [len(split)] for s, split in splits.items()}, 10, read, labels)
 
 
-def _folder(data_dir: str) -> _Store:
+def _folder(data_dir: str, specs: Mapping[str, str] | None = None, pixel_range: tuple[float, ...] = ()) -> _Store:
     from pwkd_jax.data import folder
 
-    found, classes = folder.scan(data_dir)
+    asked = [slices.asked(key, spec) for key, spec in specs.items()] if specs else [None]
+    found, classes = folder.scan(data_dir, None if None in asked else [name for names in asked for name in names])
 
     def read(ranges: list[Range], num_classes: int) -> Split:
-        return Split(*folder.decode_all(folder.part(found, ranges)))
+        return Split(*folder.decode_all(folder.part(found, ranges), pixel_range))
 
-    return _Store({s: [len(f)] for s, f in found.items()}, len(classes), read, lambda ranges: folder.part(found, ranges),
-                  lambda: folder.many_sizes(found))  # fmt: skip
+    # Splits that nobody asked for are known by name, for messages, and not looked into.
+    shards = {name: [0] for name in folder.split_names(data_dir)} | {name: [len(files)] for name, files in found.items()}
+    return _Store(
+        shards, len(classes), read, lambda ranges: folder.part(found, ranges).labels(),
+        lambda ranges: folder.part(found, ranges), lambda: folder.many_sizes(found), classes,
+        {name: files.notes for name, files in found.items()},
+    )  # fmt: skip
 
 
 def _tfds(name: str, data_dir: str) -> _Store:
@@ -216,8 +220,13 @@ def _tfds(name: str, data_dir: str) -> _Store:
     def read(ranges: list[Range], num_classes: int) -> Split:
         return _decode(builder, name, ranges, num_classes)
 
-    return _Store(shards, getattr(label, "num_classes", None) or 0, read, functools.partial(Records, builder.info.data_dir),
-                  lambda: None in image.shape)  # fmt: skip
+    source = functools.partial(Records, builder.info.data_dir)
+    # Names that were not given are numbers again.
+    names = getattr(label, "names", None) or ()
+    return _Store(
+        shards, getattr(label, "num_classes", None) or 0, read, lambda ranges: source(ranges).labels(), source,
+        lambda: None in image.shape, names,
+    )  # fmt: skip
 
 
 def _decode(builder, name: str, ranges: list[Range], num_classes: int) -> Split:
@@ -230,12 +239,11 @@ def _decode(builder, name: str, ranges: list[Range], num_classes: int) -> Split:
     directory, features = builder.info.data_dir, builder.info.features
     total = sum(stop - start for _, start, stop in ranges)
     images, labels, row = None, np.empty(total, np.int32), 0
+    options = {"deserialize_method": tfds.decode.DeserializeMethod.RAW_BYTES,
+               "file_format": tfds.core.FileFormat.ARRAY_RECORD}  # fmt: skip
+    sources = {split: builder.as_data_source(split, **options) for split in dict.fromkeys(s for s, _, _ in ranges)}
     for split, start, stop in ranges:
-        source = builder.as_data_source(
-            split,
-            deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
-            file_format=tfds.core.FileFormat.ARRAY_RECORD,
-        )
+        source = sources[split]
         for first in range(start, stop, _CHUNK):
             records = _fetch(builder, source, split, range(first, min(first + _CHUNK, stop)))
             for number, record in enumerate(records, first):

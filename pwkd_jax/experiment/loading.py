@@ -54,7 +54,7 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
         raise UserError(f"{workdir}: its config.json or data.json is not whole; give the same training command again") from e
     source = {"experiment": config.name, "data": facts["name"], "test_split": config.data.test_split, "run": "/".join(parts)}
     split = {key: config.data[key] for key in ("name", "data_dir", "test_split")}
-    split |= {key: config.data[key] for key in ("image_size", "resize")}
+    split |= {key: config.data[key] for key in ("image_size", "resize", "pixel_range")}
     read = _teacher if parts[0] == "teacher" else _student
     found, variables, about = read(target, workdir, run, step, width, config, facts)
     card = weights.card(

@@ -61,16 +61,16 @@ def _split(
     if size is None:
         size = known.get("image_size")
     if size is None:
-        size = own.image_shape[0] if data.many_sizes(name, folder) else 0
+        size = own.image_shape[0] if data.many_sizes(name, folder, split) else 0
     if size < 0 or workers < -1:
         raise UserError("--image-size and --workers: take 0 or more, and --workers also -1 for one a core")
-    streaming = None
+    streaming, pixel_range = None, tuple(known.get("pixel_range", ()))
     if size:
         resize = resize or known.get("resize") or round(size * 8 / 7)
         if resize < size:
             raise UserError(f"--resize: {resize} pixels are fewer than the {size} that are cropped from them")
-        streaming = data.Streaming(size, resize=resize, workers=workers)
-    images, classes = data.load_split(name, folder, split, streaming=streaming)
+        streaming = data.Streaming(size, resize=resize, workers=workers, pixel_range=pixel_range)
+    images, classes = data.load_split(name, folder, split, streaming=streaming, pixel_range=pixel_range)
     if tuple(images.image_shape) != tuple(own.image_shape) or classes != own.num_classes:
         size = "x".join(map(str, images.image_shape))
         raise UserError(f"--data: '{name}' has {size} images in {classes} classes, but {target} {_takes(own)}")
