@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from pwkd_jax import data, distillers, models, slimmable, stages, weights
+from pwkd_jax.data import soundness
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import channel_order, precision
 from pwkd_jax.training import dispatch, loop, record, schedules, sharding, students_together
@@ -207,7 +208,9 @@ def prepare(config: ConfigDict) -> Experiment:
     """Read the data and check that everything fits, by shapes alone. Raises UserError; writes nothing."""
     mesh, d = sharding.make_mesh(config.mesh.model), config.data
     check_batches(config, mesh)
-    dataset = data.load(d.name, d.data_dir, d.train_split, d.test_split, d.num_classes, streaming(config))
+    dataset = data.load(d.name, d.data_dir, d.train_split, d.test_split, d.num_classes, streaming(config), d.pixel_range)
+    keys = ("data.data_dir" if d.data_dir else "data.name", "data.test_split")
+    soundness.check(dataset.train, dataset.test, dataset.num_classes, dataset.classes, keys, d.train_split)
     dispatch.most(config.steps_per_dispatch, dispatch.on_device(d.on_device, dataset.train))
     return build(config, mesh, dataset)
 

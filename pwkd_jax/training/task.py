@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from pwkd_jax import data, models, weights
+from pwkd_jax.data import soundness
 from pwkd_jax.errors import UserError
 from pwkd_jax.training import dispatch, sharding
 from pwkd_jax.training.evaluation import Evaluator
@@ -125,6 +126,7 @@ def task(
     the step, such as functools.partial(pwkd_jax.augment, crop_padding=4, flip=True). mesh: of devices, all of them by default.
     Raises UserError for data that are not what they should be.
     """
+    names = train.classes if isinstance(train, data.Dataset) else ()
     if isinstance(train, data.Dataset):
         train, test, num_classes = train.train, train.test if test is None else test, num_classes or train.num_classes
     train, test = data.as_split(train), None if test is None else data.as_split(test)
@@ -141,6 +143,7 @@ def task(
             split.num_classes = num_classes
         if isinstance(split, data.Split) and len(split) and int(split.labels.max()) >= num_classes:
             raise UserError(f"num_classes: a label is {int(split.labels.max())}, which {num_classes} classes do not have")
+    soundness.check(train, test, num_classes, names)
     dtype = train.images.dtype if in_memory else getattr(train, "dtype", np.dtype(np.uint8))
     if len(mean) and dtype == np.uint8:  # float images are not divided by 255, so theirs are in the images' own units
         data.check_normalisation(mean, std, "mean", "std")
