@@ -17,7 +17,8 @@ from conftest import identical
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
-from pwkd_jax import export, report, stages, storage, train
+from pwkd_jax import evaluate, export, report, stages, storage, train
+from pwkd_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data" / "tfds"
@@ -241,6 +242,45 @@ def test_data_that_changed_under_a_workdir_are_named(change, sentence, tmp_path,
     assert re.search(sentence, capsys.readouterr().err)
     assert before == {name: (workdir / name).read_bytes() for name in before}
     assert not (workdir / "students/alone/seed1").exists()
+
+
+def test_classes_are_known_by_name(tmp_path, capsys):
+    """A run, its exports and its program on data of the same classes in another order, of others, and of other networks'."""
+    folder, workdir = tmp_path / "d", tmp_path / "w"
+    for split in ("train", "test"):
+        for n, name in enumerate(("ant", "bee", "cat")):
+            pictures(folder, split, name, 8, 20 + 80 * n)
+    options = [TINY[0], *(o for o in TINY[1:] if "_split" not in o), "--config.data.name=folder",
+               "--config.student.duration=40 steps", "--config.arms=pwkd"]  # fmt: skip
+    assert train.main([*options, f"--config.data.data_dir={folder}", f"--workdir={workdir}"]) == 0
+    run, out = workdir / "students/pwkd/seed0", tmp_path / "out"
+    assert export.main([str(run), f"--out={out}", "--platforms=cpu", "--model=test_training:Tiny"]) == 0
+    assert json.loads((out / "model.json").read_text())["classes"] == ["ant", "bee", "cat"]
+    targets = [(run, ""), (out / "model.safetensors", "test_training:Tiny"), (out / "model.stablehlo", "")]
+    truth = evaluate.evaluate(str(run))["top1"]
+    assert truth > 50
+    other, fewer = tmp_path / "other", tmp_path / "fewer"
+    for split in ("train", "test"):
+        for n, name in enumerate(("ant", "bee", "dog")):
+            pictures(other, split, name, 8, 20 + 80 * n)
+        shutil.copytree(folder / split, fewer / split)
+    for target, model in targets:
+        found = evaluate.evaluate(str(target), data="folder", data_dir=str(fewer), split="test", model=model)
+        assert found["top1"] == pytest.approx(truth)
+        with pytest.raises(UserError, match="do not share the class 'dog'"):
+            evaluate.evaluate(str(target), data="folder", data_dir=str(other), split="test", model=model)
+    # The same classes by name, in another order: as if the folder had been sorted otherwise when the network was trained.
+    card, arrays = json.loads((workdir / "data.json").read_text()), workdir / "data.json"
+    arrays.write_text(json.dumps(card | {"classes": ["bee", "ant", "cat"]}))
+    swapped = evaluate.evaluate(str(run))
+    assert "in another order" in capsys.readouterr().err and swapped["top1"] < truth
+    lent = [*options, f"--config.data.data_dir={folder}", f"--config.teacher.run={workdir}", f"--workdir={tmp_path / 'v'}"]
+    assert train.main(lent) == 2 and "classes was" in capsys.readouterr().err
+    arrays.write_text(json.dumps(card))
+    given = f"--config.teacher.weights={workdir / 'teacher/slimmable/width_1.safetensors'}"
+    lent = [*options, f"--config.data.data_dir={other}", given, "--config.teacher.order=none", f"--workdir={tmp_path / 'u'}",
+            "--config.data.mean=(0.5,0.5,0.5)", "--config.data.std=(0.25,0.25,0.25)"]  # fmt: skip
+    assert train.main(lent) == 2 and "do not share the class 'dog'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/x", "s3://bucket/x", "hdfs://host:9000/x", "file:///x"])

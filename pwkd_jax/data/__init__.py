@@ -6,11 +6,27 @@ random crops and flips on uint8, then normalisation to float32 (`augment`)."""
 from pwkd_jax.data.augment import augment, channel_statistics, normalise
 from pwkd_jax.data.normalisation import check_normalisation
 from pwkd_jax.data.pipeline import Pipeline
-from pwkd_jax.data.sources import load, load_split, many_sizes
+from pwkd_jax.data.sources import class_names, load, load_split, many_sizes
 from pwkd_jax.data.splits import Dataset, Split, Streaming
 from pwkd_jax.data.stream import Stream, batches, eval_batches
 from pwkd_jax.data.user_data import Batches, as_split
 
-__all__ = ["Batches", "Dataset", "Pipeline", "Split", "Stream", "Streaming", "as_split", "augment", "batches",
-           "channel_statistics", "check_normalisation", "eval_batches", "load", "load_split", "many_sizes",
-           "normalise"]  # fmt: skip
+__all__ = [
+           "Batches",
+           "Dataset",
+           "Pipeline",
+           "Split",
+           "Stream",
+           "Streaming",
+           "as_split",
+           "augment",
+           "batches",
+           "channel_statistics",
+           "check_normalisation",
+           "class_names",
+           "eval_batches",
+           "load",
+           "load_split",
+           "many_sizes",
+           "normalise",
+]  # fmt: skip

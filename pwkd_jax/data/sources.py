@@ -93,6 +93,11 @@ def load_split(
     return _take(store, ranges, name, classes, streaming), classes
 
 
+def class_names(name: str, data_dir: str, split: str = "") -> tuple[str, ...]:
+    """The names of the classes of the data set `name`, in the order of its labels; () where it has none."""
+    return tuple(_store(name, data_dir, {"--split": split} if split else None).names)
+
+
 def many_sizes(name: str, data_dir: str, split: str = "") -> bool:
     """Whether the data set `name`, of a folder its `split`, is of images of many sizes (TFDS: does not promise one), which have
     to be streamed."""

@@ -92,9 +92,9 @@ class Experiment:
 
     def card(self, model: str, width: float, divisor: int, source: dict) -> dict:
         f = self.facts
-        return weights.card(model, width, divisor, f["num_classes"], f["image_shape"], f["mean"], f["std"],
-                            {"experiment": self.config.name, "data": f["name"], "test_split": self.config.data.test_split,
-                             **source})  # fmt: skip
+        own = {"experiment": self.config.name, "data": f["name"], "test_split": self.config.data.test_split, **source}
+        card = weights.card(model, width, divisor, f["num_classes"], f["image_shape"], f["mean"], f["std"], own)
+        return card | {"classes": f["classes"]}
 
 
 def data_facts(dataset: data.Dataset, mean: Sequence[float], std: Sequence[float]) -> dict:
@@ -107,6 +107,7 @@ def data_facts(dataset: data.Dataset, mean: Sequence[float], std: Sequence[float
         "image_shape": list(dataset.image_shape),
         "mean": list(mean),
         "std": list(std),
+        "classes": list(dataset.classes),
         "digests": {"train": record.of_split(dataset.train), "test": record.of_split(dataset.test)},
     }
 
@@ -176,12 +177,23 @@ def fit_distiller(
     )  # fmt: skip
 
 
+def other_classes(known: Sequence[str], given: Sequence[str]) -> str:
+    """How the classes that a network knows differ from those of data, as a phrase."""
+    if sorted(known) == sorted(given):
+        at = next(i for i, (a, b) in enumerate(zip(known, given, strict=True)) if a != b)
+        return f"knows class {at} as '{known[at]}', where these data have '{given[at]}'"
+    missing = [name for name in given if name not in known] or [name for name in known if name not in given]
+    return f"and these data do not share the class '{missing[0]}'" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+
+
 def _given(config: ConfigDict, facts: dict, who: str, model: nn.Module) -> dict:
     """The variables in the file of `who`.weights. Raises UserError where they do not fit this experiment."""
     c = config[who]
     variables, card = weights.read(Path(c.weights), c.model)
     like = models.abstract(model, tuple(facts["image_shape"]))
     weights.refuse_misfits(f"{who}.weights: {c.weights}", c.model, weights.mismatches(variables, like))
+    if (theirs := card.get("classes")) and facts.get("classes") and theirs != facts["classes"]:
+        raise UserError(f"{who}.weights: {c.weights} {other_classes(theirs, facts['classes'])}; use weights of these classes")
     for key in ("mean", "std"):
         if any(abs(a - b) > 1e-3 for a, b in zip(card[key], facts[key], strict=True)):
             own = "({})".format(",".join(f"{x:.4f}" for x in card[key]))

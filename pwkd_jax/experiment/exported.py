@@ -71,7 +71,7 @@ def _card(path: Path) -> tuple[dict, dict]:
     """(what a card says of the program, the data that it names); both empty where there is none."""
     try:
         card = json.loads(storage.read(path)) if storage.exists(path) else {"source": {}}
-        return dict(card.get("program", {})), loading.known(card["source"])
+        return dict(card.get("program", {})), loading.known(card["source"], card.get("classes", ()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: is no card of this project; remove it and name a data set with --data") from e
 

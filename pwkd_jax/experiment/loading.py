@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -34,7 +35,7 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
         variables, card = weights.read(path, model)
         if width not in (None, card["width"]):
             raise UserError(f"--width: {target} holds width {card['width']:g} alone")
-        return Network(weights.build(card), variables, card), known(card["source"])
+        return Network(weights.build(card), variables, card), known(card["source"], card.get("classes", ()))
     if not storage.exists(path):
         raise UserError(f"{target}: there is no such file or directory; give {kinds}")
     inside = path.parent.name == "checkpoints" and path.name.isdigit()
@@ -61,6 +62,7 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
         about.pop("model"), about.pop("width"), about.pop("divisor"), facts["num_classes"], facts["image_shape"],
         facts["mean"], facts["std"], source | about.pop("source"),
     )  # fmt: skip
+    card["classes"] = split["classes"] = list(facts.get("classes", ()))
     return Network(found, variables, card | about), split
 
 
@@ -77,9 +79,10 @@ def open_network(target: str | Path, width: float | None = None, model: str | nn
     return Network(model, variables, card)
 
 
-def known(source: dict) -> dict:
-    """The data that a card's `source` names, as a config has them."""
-    return {"name": source.get("data", ""), "data_dir": "", "test_split": source.get("test_split", "test")}
+def known(source: dict, classes: Sequence[str] = ()) -> dict:
+    """The data that a card's `source` names, as a config has them, and the names of their classes in the labels' order."""
+    return {"name": source.get("data", ""), "data_dir": "", "test_split": source.get("test_split", "test"),
+            "classes": list(classes)}  # fmt: skip
 
 
 def _teacher(target: str, workdir: Path, run: Path, step: int | None, width: float | None, config, facts):

@@ -1,12 +1,18 @@
 """Scores of whatever training, export or conversion left, on any data set, alone or beside a teacher."""
 
-from collections.abc import Callable
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from pwkd_jax import data
+from pwkd_jax.data import class_names
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import exported, loading
+from pwkd_jax.experiment.definition import other_classes
 from pwkd_jax.training.evaluation import predictor, score_predictions
 
 KINDS = f"{loading.KINDS}, or an exported .stablehlo program"
@@ -42,6 +48,9 @@ def evaluate(
     folder = data_dir if data_dir is not None else (own.data["data_dir"] if data is None else "")
     known = own.data if data is None else {}
     images = _split(name, folder, split, own, target, image_size, resize, workers, known)
+    images = _in_order(images, own.data.get("classes", ()), class_names(name, folder, split), target, name)
+    if taught and taught.data.get("classes") and own.data.get("classes") and taught.data["classes"] != own.data["classes"]:
+        raise UserError(f"--teacher: {teacher} {other_classes(taught.data['classes'], own.data['classes'])}, unlike {target}")
     if taught and (taught.image_shape, taught.num_classes) != (own.image_shape, own.num_classes):
         raise UserError(f"--teacher: {teacher} {_takes(taught)}, but {target} {_takes(own)}")
     result = {"target": target, "model": own.title, "data": name, "split": split}
@@ -75,6 +84,21 @@ def _split(
         size = "x".join(map(str, images.image_shape))
         raise UserError(f"--data: '{name}' has {size} images in {classes} classes, but {target} {_takes(own)}")
     return images
+
+
+def _in_order(
+    images: data.Split | data.Stream, known: Sequence[str], given: Sequence[str], target: str, name: str
+) -> data.Split | data.Stream:
+    """The images with labels in the order of the classes that the network knows. Raises UserError where they are others, or
+    where they are streamed in another order."""
+    known, given = list(known), list(given)
+    if not known or not given or known == given:
+        return images
+    if sorted(known) != sorted(given) or not isinstance(images, data.Split):
+        raise UserError(f"--data: {target} {other_classes(known, given)} of '{name}'; name data of its classes, in its order")
+    place = np.array([known.index(name) for name in given], np.int32)
+    print(f"note: {target} knows the classes of '{name}' in another order; they are matched by name", file=sys.stderr)
+    return dataclasses.replace(images, labels=place[images.labels])
 
 
 def _takes(scored: Scored) -> str:

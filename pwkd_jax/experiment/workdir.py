@@ -91,4 +91,7 @@ def differences(before: dict, now: dict) -> list[str]:
 
 
 def _short(value: object) -> str:
-    return f"({', '.join(f'{x:.4g}' for x in value)})" if isinstance(value, (list, tuple)) else repr(value)
+    if not isinstance(value, (list, tuple)):
+        return repr(value)
+    words = [f"{x:.4g}" if isinstance(x, float) else str(x) for x in value[:8]]
+    return f"({', '.join(words)}{', ...' if len(value) > 8 else ''})"

@@ -19,8 +19,9 @@ from pwkd_jax.training.evaluation import Evaluator
 @dataclasses.dataclass(frozen=True)
 class Task:
     """Made by `task`. train, test: splits, see `data.as_split`; test may be None. mean, std: per channel, of pixels in [0, 1].
-    augment(key, images) -> images of the same kind, in training alone. labels: whether batches carry the labels of the whole
-    training set, which is in RAM. on_device, steps_per_dispatch: the config's keys of these names.
+    augment(key, images) -> images of the same kind, in training alone. classes: their names, () without. labels: whether
+    batches carry the labels of the whole training set, which is in RAM. on_device, steps_per_dispatch: the config's keys of
+    these names.
     """
 
     train: Any
@@ -32,6 +33,7 @@ class Task:
     mesh: jax.sharding.Mesh
     evaluator: Evaluator | None
     labels: bool = True
+    classes: tuple[str, ...] = ()
     on_device: str = "auto"
     steps_per_dispatch: int = 0
 
@@ -78,9 +80,10 @@ class Task:
     def card(self, model: nn.Module, source: dict) -> dict:
         """The card of a network trained on it, see `weights`."""
         name, width, divisor = models.name_of(model), float(getattr(model, "width", 1.0)), getattr(model, "divisor", 0)
-        return weights.card(
+        card = weights.card(
             name, width, divisor, self.num_classes, self.image_shape, self.mean, self.std, source, network=model
         )
+        return card | {"classes": list(self.classes)}
 
     def scores(self, model: Any, variables: dict) -> dict[str, float]:
         """{"top1": percent, "test_loss": mean cross entropy} on the test images; {} where there are none."""
@@ -162,4 +165,6 @@ def task(
     evaluator = None
     if test is not None:
         evaluator = Evaluator(mesh, test, evaluation_batch_size, functools.partial(data.normalise, mean=mean, std=std))
-    return Task(train, test, num_classes, tuple(mean), tuple(std), augment, mesh, evaluator, labels=in_memory)
+    return Task(
+        train, test, num_classes, tuple(mean), tuple(std), augment, mesh, evaluator, labels=in_memory, classes=tuple(names)
+    )  # fmt: skip
