@@ -7,6 +7,7 @@ layer. What widths never share is batch-norm state (switchable batch norm, Yu et
 
     params      {"shared": tree, "batch_norm": {key: scales and biases}}     what trains
     statistics  {key: running means and variances}                           what batch norm keeps
+                {"collections": {key: {name: tree}}}                         and what a model of your own does, if any
 
 `key` names a width (or "shared", where the widths share one set); both are assembled by `Slimmable`.
 """
@@ -24,6 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pwkd_jax import models
 from pwkd_jax.errors import UserError
+from pwkd_jax.models import contract
 
 BATCH_NORMS = ("switchable", "private_stats", "shared")
 
@@ -48,10 +50,12 @@ def mask(full: Any, like: Any) -> Any:
 def embed(narrow: Any, like: Any, fill: float = 0.0) -> Any:
     """`narrow` as the leading block of arrays shaped as `like`, `fill` around it: the transpose of `take`."""
     return jax.tree.map(
-        lambda x, f: jnp.pad(x, [(0, d - n) for n, d in zip(x.shape, f.shape, strict=True)], constant_values=fill),
-        narrow,
-        like,
+        lambda x, f: _pad(x, [(0, d - n) for n, d in zip(x.shape, f.shape, strict=True)], fill), narrow, like
     )
+
+
+def _pad(x: jax.Array, widths: list[tuple[int, int]], fill: float) -> jax.Array:
+    return jnp.pad(x, widths, constant_values=fill) if widths else x  # jnp.pad takes no scalar
 
 
 def put(full: Any, narrow: Any) -> Any:
@@ -124,7 +128,14 @@ class Slimmable:
 
     def spread(self, full: dict) -> tuple[dict, dict]:
         """(params, statistics) that start every width from variables of the widest member; their order is kept."""
-        full = {"params": full["params"], "batch_stats": full.get("batch_stats", {})}
+        params, statistics = self._spread(models.whole(full))
+        own = models.collections(full)
+        if not own:
+            return params, statistics
+        of = {width_key(w): take(own, models.collections(self.likes[w])) for w in self.table}
+        return params, statistics | {"collections": {"shared": own} if self.batch_norm == "shared" else of}
+
+    def _spread(self, full: dict) -> tuple[dict, dict]:
         shared, norm = split_norm(full["params"], full["batch_stats"])
         if self.batch_norm == "shared":
             return {"shared": full["params"], "batch_norm": {}}, {"shared": full["batch_stats"]}
@@ -140,7 +151,7 @@ class Slimmable:
         return split_norm(like["params"], like.get("batch_stats", {}))[1], like.get("batch_stats", {})
 
     def extract(self, params: dict, statistics: dict, width: float) -> dict:
-        """Variables {"params", "batch_stats"} of the member at `width`: a standalone narrow model's own shapes."""
+        """Variables {"params", "batch_stats", its own collections} of the member at `width`: a standalone narrow model's."""
         key, like = width_key(width), self.likes[width]
         stats_like = self._norm_likes(width)[1]
         if self.batch_norm == "switchable":
@@ -154,7 +165,14 @@ class Slimmable:
             stats = take(statistics["shared"], stats_like)
         else:  # a drawn width without a table of its own: train-mode batch norm reads nothing from these
             stats = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), stats_like)
-        return {"params": tree, "batch_stats": stats}
+        return {"params": tree, "batch_stats": stats} | self._own(statistics, width)
+
+    def _own(self, statistics: dict, width: float) -> dict:
+        """The own collections {name: tree} of the member at `width`; a drawn one without any reads the widest one's."""
+        if not (kept := statistics.get("collections")):
+            return {}
+        found = kept.get(width_key(width), kept.get("shared", kept.get(width_key(self.widest))))
+        return take(found, models.collections(self.likes[width]))
 
     def extract_masked(self, params: dict, statistics: dict, width: float) -> dict:
         """The same sub-network in the full network's shapes: what `extract` gives, embedded in zeros."""
@@ -163,25 +181,38 @@ class Slimmable:
             "params": embed(narrow["params"], full["params"]),
             # Inactive channels carry zero scale, so their statistics do not matter; a variance of 1 keeps them finite.
             "batch_stats": embed(narrow["batch_stats"], full.get("batch_stats", {}), fill=1.0),
+            **embed(models.collections(narrow), models.collections(full)),
         }
 
+    def draws(self, image_shape: tuple[int, ...]) -> bool:
+        """Whether its members draw random numbers in training, see `models.draws`."""
+        return models.draws(self.members[self.widest], image_shape)
+
     def forward(
-        self, params: dict, statistics: dict, width: float, images: jax.Array, *, train: bool
+        self, params: dict, statistics: dict, width: float, images: jax.Array, *, train: bool, key: jax.Array | None = None
     ) -> tuple[models.Outputs, dict]:
-        """Outputs of the sub-network at `width` on images [B, H, W, C], and the statistics with its own updated."""
+        """Outputs of the sub-network at `width` on images [B, H, W, C], and the statistics with its own updated.
+
+        key: for a network that draws random numbers in training."""
         member, variables = self.members[width], self.extract(params, statistics, width)
         if self.masked:
             member, variables = self.members[self.widest], self.extract_masked(params, statistics, width)
-        out, stats = models.apply(member, variables, images, train=train)
-        key, stats_like = width_key(width), self._norm_likes(width)[1]
+        out, kept = models.forward(member, variables, images, train=train, key=key)
+        stats, own, key = kept.get("batch_stats"), models.collections(kept), width_key(width)
+        if own:
+            own = take(own, models.collections(self.likes[width]))
+            statistics = statistics | {"collections": _kept(statistics["collections"], key, own)}
         if not train or not stats:
             return out, statistics
-        stats = take(stats, stats_like)
-        if key in statistics:
-            return out, statistics | {key: stats}
-        if "shared" in statistics:
-            return out, {"shared": put(statistics["shared"], stats)}
-        return out, statistics
+        return out, _kept(statistics, key, take(stats, self._norm_likes(width)[1]))
+
+
+def _kept(statistics: dict, key: str, new: dict) -> dict:
+    """`statistics` by width, or shared, after the width of `key` left `new`; a drawn one without a place of its own leaves
+    nothing."""
+    if key in statistics:
+        return statistics | {key: new}
+    return statistics | {"shared": put(statistics["shared"], new)} if "shared" in statistics else statistics
 
 
 def build(
@@ -192,11 +223,13 @@ def build(
     batch_norm: str = "switchable",
     execution: str = "take",
     pool: tuple[float, ...] = (),
+    num_classes: int = 0,
 ) -> Slimmable:
     """The slimmable network of the family `make(width)` for images [H, W, C].
 
-    pool: further widths that sandwich sampling may draw. Raises UserError where a width does not fit the family, and
-    where a narrow member is not the leading block of the widest (the family then cannot be slimmed), by path.
+    pool: further widths that sandwich sampling may draw. num_classes: of the data, 0 where not known. Raises UserError where a
+    member is no such model, see `contract.check`, where a width or the images do not fit the family, and where a narrow member
+    is not the leading block of the widest (the family then cannot be slimmed), by path.
     """
     for name, value, known in (("batch_norm", batch_norm, BATCH_NORMS), ("execution", execution, ("take", "mask"))):
         if value not in known:
@@ -208,6 +241,7 @@ def build(
     likes = {}
     for w in ordered:
         try:
+            contract.check(members[w], image_shape, "teacher.model", num_classes)
             likes[w] = models.abstract(members[w], image_shape)
         except models.WidthError as e:
             raise UserError(f"teacher.widths: {str(e).replace('set divisor', 'set teacher.divisor')}") from e
@@ -256,7 +290,9 @@ def make_slimmable(
         raise UserError(f"image_shape: {image_shape!r} is not possible; give (height, width, channels)")
 
     def make(width: float) -> nn.Module:
-        return models.create(model, width=width, **options) if isinstance(model, str) else model(width=width, **options)
+        if isinstance(model, str):
+            return models.create(model, width=width, **options)
+        return models.construct(model, getattr(model, "__name__", str(model)), width=width, **options)
 
     return build(make, tuple(widths), tuple(image_shape), batch_norm=batch_norm, execution=execution, pool=tuple(pool))
 
@@ -267,6 +303,11 @@ def refuse_masking(net: Slimmable, image_shape: tuple[int, ...]) -> None:
     Layers that look across channels see the zeroed ones: LayerNorm and its like, grouped convolutions, channel shuffles,
     and whatever reads a concatenation, whose active channels are no leading block.
     """
+    if net.draws(image_shape):
+        raise UserError(
+            "teacher.execution: 'mask' is not possible for a model that draws random numbers in training (dropout), whose "
+            "shapes follow the width; use 'take'"
+        )
     rng, width = np.random.default_rng(0), net.widths[-1]
     params, statistics = net.init(jax.random.key(0), image_shape)
     # Away from the initial scales and biases, at which a leak could cancel.
@@ -307,13 +348,18 @@ def sandwich_loss(
     The widest learns from the labels. The others by `loss`: `hard` from the labels; `inplace` from the widest one's
     softmax, -sum softmax(z_max) log softmax(z_w) at temperature 1 and without gradient into the target (US-Net);
     `inplace_mix` from the sum of both. reduction `sum` (S-Net) or `mean` over sub-networks.
-    own(outputs, labels) -> {name: per-image values [B]}: metrics of each sub-network besides ours.
+    own(outputs, labels) -> {name: per-image values [B]}: metrics of each sub-network besides ours. key: needed where widths are
+    drawn, and by a network with dropout, each sub-network of which draws its own. Raises UserError where it is missing.
     Returns (scalar, (statistics after this step, {metric name: per-image values [B]})).
     """
     target = None
+    noisy = net.draws(images.shape[1:])
+    if noisy and key is None:
+        raise UserError("key: this network draws random numbers in training (dropout); give a jax.random.key of the step")
 
     def one(width: float, statistics: dict):
-        out, statistics = net.forward(params, statistics, width, images, train=True)
+        own_key = jax.random.fold_in(key, net.widths.index(width)) if noisy else None
+        out, statistics = net.forward(params, statistics, width, images, train=True, key=own_key)
         hard = cross_entropy(out.logits, labels)
         if target is None or loss == "hard":
             value = hard
@@ -358,8 +404,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 # Calibration: statistics for widths that were trained without their own.
 
 
-def batch_statistics(model: nn.Module, variables: dict, images: jax.Array) -> dict:
-    """The batch-norm statistics of this one batch, with nothing of the running ones mixed in.
+def batch_statistics(model: nn.Module, variables: dict, images: jax.Array, key: jax.Array | None = None) -> dict:
+    """The batch-norm statistics of this one batch, with nothing of the running ones mixed in. key: for a model with dropout.
 
     Whatever layers the model has, a training pass gives keep * old + (1 - keep) * batch for some fraction `keep`. Old
     statistics of 1 and of 0 differ by `keep` in the result; a blank image shows it free of rounding by large values.
@@ -367,7 +413,7 @@ def batch_statistics(model: nn.Module, variables: dict, images: jax.Array) -> di
 
     def after(old: float, images: jax.Array) -> dict:
         stats = jax.tree.map(lambda s: jnp.full_like(s, old), variables["batch_stats"])
-        return models.apply(model, {**variables, "batch_stats": stats}, images, train=True)[1]
+        return models.apply(model, {**variables, "batch_stats": stats}, images, train=True, key=key)[1]
 
     blank = jnp.zeros_like(images[:1])
     keep = jax.tree.map(lambda one, zero: jnp.median(one - zero), after(1.0, blank), after(0.0, blank))

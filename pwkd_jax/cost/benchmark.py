@@ -135,8 +135,7 @@ def _student(built: definition.Experiment, plan, stage, several) -> Case:
 
 def _variables(built: definition.Experiment, net, width: float) -> dict:
     shape = built.dataset.image_shape
-    variables = jax.jit(lambda key: net.extract(*net.init(key, shape), width))(jax.random.key(0))
-    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    return jax.jit(lambda key: net.extract(*net.init(key, shape), width))(jax.random.key(0))
 
 
 def _pupil(built: definition.Experiment) -> dict:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from pwkd_jax import data, distillers, models, slimmable, stages, weights
 from pwkd_jax.data import soundness
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import channel_order, precision
+from pwkd_jax.models import channel_order, contract, precision
 from pwkd_jax.training import dispatch, loop, record, schedules, sharding, students_together
 from pwkd_jax.training import state as states
 from pwkd_jax.training.evaluation import Evaluator
@@ -123,12 +123,12 @@ def networks(config: ConfigDict, facts: dict) -> tuple[dict[str, slimmable.Slimm
     # Built even where no arm needs it: a width that does not fit is a mistake in the config all the same.
     nets = {"slimmable": slimmable.build(
         family, c.teacher.widths, shape, batch_norm=c.teacher.batch_norm, execution=c.teacher.execution,
-        pool=c.teacher.pool,
+        pool=c.teacher.pool, num_classes=classes,
     )}  # fmt: skip
-    nets["standard"] = slimmable.build(family, (1.0,), shape)
+    nets["standard"] = slimmable.build(family, (1.0,), shape, num_classes=classes)
     pupil = models.create(c.student.model, width=c.student.width, num_classes=classes)
     try:
-        models.abstract(pupil, shape)
+        contract.check(pupil, shape, "student.model", classes)
     except models.WidthError as e:
         raise UserError(f"student.width: {e}") from e
     wrap = functools.partial(precision.wrap, dtype=c.dtype, group=c.batch_norm_group)

@@ -115,7 +115,7 @@ def _student(target: str, workdir: Path, run: Path, step: int | None, width: flo
     step = steps[-1] if step is None else step
     state = _checkpoint(run, step)
     nets, pupil = definition.networks(config, facts)
-    variables = {"params": state["params"]["student"], "batch_stats": state["collections"].get("batch_stats", {})}
+    variables = student.read(state["params"], state["collections"])
     source = {"steps": step, "arm": run.parent.name, "seed": int(run.name.removeprefix("seed"))}
     about = {"model": c.model, "width": c.width, "divisor": 0, "source": source}
     stage = next(s for s in definition.plan(config, facts, run.parent.name) if step <= s.end)

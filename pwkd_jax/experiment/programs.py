@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pwkd_jax import distillers, stages
+from pwkd_jax import distillers, models, stages
 from pwkd_jax.experiment.definition import Experiment, wants_labels
 from pwkd_jax.models import precision
 from pwkd_jax.training import dispatch, distil, schedules, sharding, student, students_together, teacher
@@ -164,7 +164,7 @@ def _batches(experiment: Experiment) -> int:
 
 def _frozen(experiment: Experiment, name: str, width: float):
     like, how = experiment.teachers[name].likes[width], experiment.config.student.teacher_sharding
-    like = {"params": like["params"], "batch_stats": like.get("batch_stats", {})}
+    like = models.whole(like)
     return sharding.abstract(like, sharding.shardings(experiment.mesh, like, how))
 
 

@@ -4,16 +4,19 @@ The rest of the package sees a model as two pure functions, `init` and `apply`, 
 of slimming: it only builds itself narrower when its `width` is smaller, with the same tree of parameters.
 """
 
-import dataclasses
 import difflib
+import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import convolution
@@ -116,20 +119,134 @@ def create(name: str, *, width: float = 1.0, num_classes: int = 10, **options) -
     close = [lower[n] for n in difflib.get_close_matches(name.lower(), lower, 1, 0.7)]
     make, fixed = from_name(name, builtin, "model", (f"{close[0]} (the nearest), " if close else "") + ", ".join(known))
     options = {key: value for key, value in options.items() if value}
-    known = {f.name for f in dataclasses.fields(make)} if dataclasses.is_dataclass(make) else None
+    known = _fields(make)
     for key in options:
         if known is not None and key not in known:
             raise UserError(f"the model '{name}' has no '{key}': leave it at its default")
-    return make(width=width, num_classes=num_classes, **fixed, **options)
+    return construct(make, name, width=width, num_classes=num_classes, **fixed, **options)
 
 
-def apply(model: nn.Module, variables: dict, images: jax.Array, *, train: bool) -> tuple[Outputs, dict]:
-    """Run `model` on images [B, H, W, C]; returns its Outputs and its new batch statistics ({} unless training)."""
-    if train:
-        with convolution.products():
-            out, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        return as_outputs(out), dict(updated).get("batch_stats", {})
-    return as_outputs(model.apply(variables, images, train=False)), {}
+def _fields(make: Callable[..., Any]) -> set[str] | None:
+    """The keywords that a constructor takes; None where it takes any, or does not say."""
+    try:
+        found = inspect.signature(make).parameters
+    except (TypeError, ValueError):
+        return None
+    return None if any(p.kind is p.VAR_KEYWORD for p in found.values()) else {*found}
+
+
+FIELDS = {"width": "width: float = 1.0", "num_classes": "num_classes: int = 10"}
+
+
+def construct(make: Callable[..., Any], name: str, **fields: Any) -> nn.Module:
+    """make(**fields) of your own class or function, or of a family. Raises UserError where that is no Flax Linen module with
+    these fields."""
+    if isinstance(make, type) and issubclass(make, nnx.Module):
+        raise UserError(f"'{name}' is a module of flax.nnx; it should be one of flax.linen, built by its width")
+    if not callable(make) or (isinstance(make, type) and not issubclass(make, nn.Module)):
+        raise UserError(f"'{name}' is no Flax module; it should be a class derived from flax.linen.Module")
+    known = _fields(make)
+    for key in fields:
+        if known is not None and key not in known:
+            right = f"give it one, as in {FIELDS[key]}, and build its layers by it" if key in FIELDS else "leave it away"
+            raise UserError(f"the model '{name}' has no field '{key}': {right}")
+    try:
+        model = make(**fields)
+    except UserError:
+        raise
+    except Exception as e:
+        if getattr(make, "__module__", "").startswith("pwkd_jax."):
+            raise
+        given = ", ".join(f"{key}={value!r}" for key, value in fields.items())
+        raise UserError(f"'{name}' cannot be made with {given} ({reason(e)}); its other fields should have defaults") from e
+    if not isinstance(model, nn.Module):
+        raise UserError(f"'{name}' makes a {type(model).__name__}; it should make a flax.linen.Module")
+    return model
+
+
+def reason(error: Exception) -> str:
+    """An exception in a few words: its name and the first line of what it says."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line}".rstrip(":. ")
+
+
+def ours(module: Any) -> bool:
+    """Whether a module is of this package, and not of a user's."""
+    home = type(module).__module__
+    return home.startswith("pwkd_jax.") and not home.startswith("pwkd_jax.examples")
+
+
+def apply(
+    model: nn.Module, variables: dict, images: jax.Array, *, train: bool, key: jax.Array | None = None
+) -> tuple[Outputs, dict]:
+    """Run `model` on images [B, H, W, C]; returns its Outputs and its new batch statistics ({} unless training).
+
+    key: for a model that draws random numbers in training, such as dropout. `models.forward` gives collections of its own too.
+    """
+    out, new = forward(model, variables, images, train=train, key=key)
+    return out, new.get("batch_stats", {})
+
+
+def forward(
+    model: nn.Module, variables: dict, images: jax.Array, *, train: bool, key: jax.Array | None = None
+) -> tuple[Outputs, dict]:
+    """Outputs of images [B, H, W, C], and what training changes: {} in evaluation, else {"batch_stats": tree} and, of a model
+    with collections of its own, {collection: tree}.
+
+    key: of every stream that the model draws from; None draws nothing.
+    """
+    if not train:
+        return as_outputs(model.apply(variables, images, train=False)), {}
+    own = collections(variables)
+    # Flax takes the stream "params" where a model asks for one that was not given, whatever its name.
+    rngs = {} if key is None else {"rngs": {"dropout": key, "params": jax.random.fold_in(key, 1)}}
+    with convolution.products():
+        out, updated = model.apply(variables, images, train=True, mutable=["batch_stats", *own], **rngs)
+    updated = dict(updated)
+    # In bfloat16 a model may compute them so; they are kept as they began.
+    kept = {k: jax.tree.map(lambda x, old: x.astype(old.dtype), updated.get(k, tree), tree) for k, tree in own.items()}
+    return as_outputs(out), {"batch_stats": updated.get("batch_stats", {}), **kept}
+
+
+def collections(variables: dict) -> dict:
+    """{name: tree} of a model's variables that neither train nor are batch statistics: what it keeps of its own."""
+    return {name: tree for name, tree in variables.items() if name not in ("params", "batch_stats")}
+
+
+def whole(variables: dict) -> dict:
+    """Variables with "batch_stats" among them, {} where the model has none."""
+    return {"batch_stats": {}, **variables}
+
+
+def draws(model: Any, image_shape: tuple[int, ...]) -> bool:
+    """Whether a model asks for random numbers in training, as dropout does; found by shapes alone for images [H, W, C]."""
+    while not isinstance(model, nn.Module):
+        model = model.model  # what `precision` and `batch_norm_folding` put around it
+    return not ours(model) and _draws(model, tuple(image_shape))
+
+
+@functools.lru_cache(maxsize=256)
+def _draws(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
+    try:
+        traced(model, abstract(model, image_shape), image_shape, train=True)
+    except flax.errors.InvalidRngError:
+        return True
+    return False
+
+
+def traced(
+    model: nn.Module, variables: dict, image_shape: tuple[int, ...], *, train: bool, key: bool = False
+) -> tuple[Any, dict]:
+    """(what `model.apply` returns, {collection: tree}) for two images [H, W, C], abstract. key: whether it may draw."""
+    shape = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    options = {"mutable": ["batch_stats", *collections(variables)]} if train else {}
+
+    def run(variables, images, key):
+        rngs = {} if key is None else {"rngs": {"dropout": key, "params": key}}
+        found = model.apply(variables, images, train=train, **options, **rngs)
+        return found if train else (found, {})
+
+    return jax.eval_shape(run, variables, shape, jax.eval_shape(lambda: jax.random.key(0)) if key else None)
 
 
 def as_outputs(out: Any) -> Outputs:

@@ -44,10 +44,11 @@ class Computed:
         """The model's own fresh variables, float32."""
         return self.model.init(rngs, images, train=train)
 
-    def apply(self, variables: dict, images: jax.Array, train: bool = False, mutable=False):
-        """Outputs of images [B, H, W, C], and with `mutable` (Outputs, {"batch_stats"}) as Flax returns them.
+    def apply(self, variables: dict, images: jax.Array, train: bool = False, mutable=False, rngs: dict | None = None):
+        """Outputs of images [B, H, W, C], and with `mutable` (Outputs, {collection: tree}) as Flax returns them.
 
-        A batch smaller than a group is one group. Raises UserError where `group` does not divide a larger one.
+        rngs: {"dropout": key} of a model that draws in training. A batch smaller than a group is one group. Raises UserError
+        where `group` does not divide a larger one.
         """
         variables = {**variables, "params": _cast(variables["params"], self.dtype)}
         images = _cast(images, self.dtype)
@@ -56,27 +57,41 @@ class Computed:
         count, left = divmod(len(images), self.group or len(images))
         if count and left:
             raise UserError(f"batch_norm_group: a batch of {len(images)} images does not divide into groups of {self.group}")
+        key = rngs["dropout"] if rngs else None
         if count <= 1:
-            out, stats = models.apply(self.model, variables, images, train=True)
+            out, kept = models.forward(self.model, variables, images, train=True, key=key)
         else:
-            out, stats = _grouped(self.model, variables, images, count)
+            out, kept = _grouped(self.model, variables, images, count, key)
         out = _float32(out)
-        return (out, {"batch_stats": stats}) if mutable else out
+        return (out, kept) if mutable else out
 
 
-def _grouped(model: nn.Module, variables: dict, images: jax.Array, count: int) -> tuple[models.Outputs, dict]:
-    """Outputs [B, ...] and the mean of the batch statistics of `count` groups of consecutive images [B, H, W, C]."""
+def _grouped(
+    model: nn.Module, variables: dict, images: jax.Array, count: int, key: jax.Array | None
+) -> tuple[models.Outputs, dict]:
+    """Outputs [B, ...] and {collection: tree}, the mean of what `count` groups of consecutive images [B, H, W, C] leave.
+
+    key: split, so that each group draws its own."""
     # What a classifier or a norm is made of does not depend on the images, so there is one of it for all groups.
     axes = models.Outputs(**dict.fromkeys(models.Outputs._fields, 0) | {"head": None, "norms": None})
+    keys = () if key is None else (jax.random.split(key, count),)
+
     # Under vmap a convolution's extra batch axis is only a reshape of its images, one layer of the model one program.
-    run = jax.vmap(lambda x: models.apply(model, variables, x, train=True), out_axes=(axes, 0))
-    out, stats = run(images.reshape(count, -1, *images.shape[1:]))
+    def one(x, *key):
+        return models.forward(model, variables, x, train=True, key=key[0] if key else None)
+
+    out, kept = jax.vmap(one, out_axes=(axes, 0))(images.reshape(count, -1, *images.shape[1:]), *keys)
     merged = {
         name: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), value)
         for name, value in out._asdict().items()
         if name not in ("head", "norms")
     }
-    return out._replace(**merged), jax.tree.map(lambda s: s.mean(0), stats)
+    return out._replace(**merged), jax.tree.map(_mean, kept)
+
+
+def _mean(found: jax.Array) -> jax.Array:
+    """Of what every group left, [groups, ...]; of whole numbers, a count of steps say, one group's."""
+    return found.mean(0) if jnp.issubdtype(found.dtype, jnp.floating) else found[0]
 
 
 def _cast(tree: Any, dtype: str) -> Any:

@@ -60,6 +60,9 @@ def possible(net: Slimmable, mesh: Mesh, shape: tuple[int, ...]) -> bool:
     own, left = divmod(shape[0], mesh.shape["data"])
     if left or mesh.shape["data"] == 1:
         return False
+    # Dropout draws for the global batch, and of a collection of one's own only its model knows what the images do to it.
+    if net.draws(shape[1:]) or models.collections(net.likes[net.widest]):
+        return False
     return own % _group(net) == 0 if _group(net) else _all_norms_are_flax(net, shape[1:])
 
 

@@ -15,7 +15,7 @@ from clu import parameter_overview
 from pwkd_jax import distillers, models, stages, weights
 from pwkd_jax.distillers import Distillation
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import precision
+from pwkd_jax.models import contract, precision
 from pwkd_jax.stages import Stage
 from pwkd_jax.training import arguments, dispatch, distributed, loop, record, schedules, sharding, students_together
 from pwkd_jax.training import state as states
@@ -33,7 +33,7 @@ def fit(
     """A distiller fitted to a student and every sub-network of a teacher, by shapes alone: its loss for a loop of your own.
 
     distiller: a name (see `distillers`), a Flax module, or what was fitted before. standardise: whether it sees standardised
-    logits. Raises UserError where it cannot serve this pair.
+    logits. Raises UserError where it cannot serve this pair, or the student these images.
     """
     if isinstance(distiller, Distillation):
         return distiller
@@ -42,6 +42,7 @@ def fit(
     method = distillers.create(distiller) if isinstance(distiller, str) else distiller
     arguments.task(task)
     arguments.module("student", student)
+    contract.check(student, task.image_shape, "student.model", task.num_classes)
     net, size = as_teacher(teacher).net, arguments.batch_size(task, batch_size)
     return distillers.fit(
         method, student, net.members, task.image_shape, batch_size=size, images=len(task.train) if task.labels else 0,
@@ -192,7 +193,7 @@ def distil(
     arguments.plan(plan)
     if not compiled and not several:
         arguments.seed(seed)
-        arguments.fits("student", student, task.image_shape, task.num_classes)
+        contract.check(student, task.image_shape, "student.model", task.num_classes)
         if teacher:
             _refuse_unlike(teacher, task)
     if teacher is None and any(s.widths for s in plan):

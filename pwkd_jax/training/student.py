@@ -25,17 +25,25 @@ def init(
     params, state = distillation.init(jax.random.fold_in(key, 1)) if distillation else ({}, {})
     # A method may begin its state as its parameters; the step is given both to overwrite, so they may not share memory.
     state = jax.tree.map(jnp.copy, state)
-    return create(
-        seed,
-        {"student": variables["params"], "distiller": params},
-        {"batch_stats": variables.get("batch_stats", {}), "distiller": state},
-        tx,
-    )
+    kept = _collections({"batch_stats": {}} | {k: v for k, v in variables.items() if k != "params"}, state)
+    return create(seed, {"student": variables["params"], "distiller": params}, kept, tx)
+
+
+def _collections(kept: dict, distiller: dict) -> dict:
+    """A state's collections, of a student's {"batch_stats", its own} and its distiller's state. A student without collections
+    of its own has no place for them, so that its checkpoints are what they always were."""
+    own = models.collections(kept)
+    return {"batch_stats": kept["batch_stats"], "distiller": distiller} | ({"own": own} if own else {})
+
+
+def read(params: dict, collections: dict) -> dict:
+    """{"params", "batch_stats", its own collections} of the student alone, of a state's params and collections."""
+    return {"params": params["student"], "batch_stats": collections.get("batch_stats", {}), **collections.get("own", {})}
 
 
 def variables(state: State) -> dict:
-    """{"params", "batch_stats"} of the student alone."""
-    return {"params": state.params["student"], "batch_stats": state.collections["batch_stats"]}
+    """{"params", "batch_stats", its own collections} of the student alone."""
+    return read(state.params, state.collections)
 
 
 def make_step(
@@ -78,16 +86,17 @@ def make_step(
                 taught, _ = models.apply(teachers[width], teacher[width], teacher_images, train=False)
 
             def loss_fn(params, state: State):
-                variables = {"params": params["student"], "batch_stats": state.collections["batch_stats"]}
-                out, stats = models.apply(model, variables, inputs, train=True)
+                key = rng(state, 4) if models.draws(model, inputs.shape[1:]) else None
+                out, kept = models.forward(model, read(params, state.collections), inputs, train=True, key=key)
                 seen = {"train_top1": metrics.top1(out.logits, batch["label"])} | (own(out, batch["label"]) if own else {})
                 if width is None:
                     loss = jnp.mean(slimmable.cross_entropy(out.logits, batch["label"]))
-                    return loss, ({**state.collections, "batch_stats": stats}, {**seen, "cross_entropy": loss})
-                loss, kept, values = distillation(
+                    collections = _collections(kept, state.collections["distiller"])
+                    return loss, (collections, {**seen, "cross_entropy": loss})
+                loss, known, values = distillation(
                     params["distiller"], state.collections["distiller"], width, out, taught, batch, progress, rng(state, 3)
                 )
-                return loss, ({"batch_stats": stats, "distiller": kept}, {**seen, **values})
+                return loss, (_collections(kept, known), {**seen, **values})
 
             def learn(state: State):
                 (loss, (collections, values)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state)
@@ -130,14 +139,15 @@ def enter_stage(
 ) -> State:
     """The state with which a stage after the first begins; step and seed always carry over.
 
-    reset: any of `momentum`, `batch_norm` (the student's statistics), `weights`; the rest carries over. connectors:
-    `leading` keeps the distiller's parameters, `reinit` starts them and its state anew. fresh: gives the initial state;
-    init: the optimiser's, of parameters.
+    reset: any of `momentum`, `batch_norm` (the student's statistics), `weights` (and what the student keeps beside them); the
+    rest carries over. connectors: `leading` keeps the distiller's parameters, `reinit` starts them and its state anew. fresh:
+    gives the initial state; init: the optimiser's, of parameters.
     Doing it twice is doing it once, so a run killed at a stage's first step resumes to the same bits.
     """
     params, collections = dict(state.params), dict(state.collections)
     if "weights" in reset:
         params["student"] = fresh().params["student"]
+        collections |= {"own": fresh().collections["own"]} if "own" in collections else {}
     if "batch_norm" in reset or "weights" in reset:
         collections["batch_stats"] = fresh().collections["batch_stats"]
     if connectors == "reinit":

@@ -11,7 +11,7 @@ from clu import parameter_overview
 
 from pwkd_jax import data, models, slimmable, weights
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import precision
+from pwkd_jax.models import contract, precision
 from pwkd_jax.slimmable import Slimmable
 from pwkd_jax.training import arguments, device_gradients, dispatch, distributed, loop, metrics, record, schedules, sharding
 from pwkd_jax.training import state as states
@@ -63,7 +63,9 @@ def make_calibration(net: Slimmable, split: data.Split, preprocess, mesh, *, ima
 
     def one(member, variables, step, batch):
         key = jax.random.fold_in(jax.random.key(seed), step)
-        return slimmable.batch_statistics(member, variables, preprocess(key, batch["image"]))
+        images = preprocess(key, batch["image"])
+        noise = jax.random.fold_in(key, 1) if models.draws(member, images.shape[1:]) else None
+        return slimmable.batch_statistics(member, variables, images, noise)
 
     compiled = jax.jit(one, static_argnums=0, out_shardings=sharding.replicated(mesh))
 
@@ -76,7 +78,7 @@ def make_calibration(net: Slimmable, split: data.Split, preprocess, mesh, *, ima
                 ),
                 count,
             )
-            result[width] = {"params": variables["params"], "batch_stats": stats}
+            result[width] = {**variables, "batch_stats": stats}
         return result
 
     return calibrate
@@ -156,7 +158,7 @@ def as_teacher(given: "Teacher | Network") -> Teacher:
     if not hasattr(given, "card"):
         raise UserError(f"teacher: should be a Teacher or a Network, trained or loaded, and this is a {type(given).__name__}")
     given = getattr(given, "network", given)
-    variables = {"params": given.variables["params"], "batch_stats": given.variables.get("batch_stats", {})}
+    variables = models.whole(given.variables)
     shape = tuple(given.card["image_shape"])
     net = Slimmable({1.0: given.model}, {1.0: models.abstract(given.model, shape)}, (1.0,), "switchable", False)
     return Teacher(net, {1.0: variables}, {1.0: given.card})
@@ -211,7 +213,8 @@ def train_teacher(
     images, size = len(task.train), arguments.batch_size(task, batch_size)
     if not compiled:
         arguments.seed(seed)
-        arguments.fits("net", net.members[net.widest], task.image_shape, task.num_classes)
+        for member in net.members.values():
+            contract.check(member, task.image_shape, "teacher.model", task.num_classes)
         if misfit := slimmable.misfit(models.abstract(net.members[net.widest], task.image_shape), net.likes[net.widest]):
             raise UserError(f"net: was made for other images than the task's {list(task.image_shape)} ('{misfit}' differs)")
     total = schedules.steps(duration, "duration", batch_size=size, images=images) if isinstance(duration, str) else duration

@@ -73,7 +73,7 @@ def build(card: dict) -> nn.Module:
 
 def write(path: Path, variables: dict, card: dict) -> None:
     """Write `path` (FILE.safetensors) and its card beside it; both are whole at every instant. Raises OSError."""
-    arrays = {key: np.ascontiguousarray(jax.device_get(x)) for key, x in flatten_dict(variables, sep="/").items()}
+    arrays = {key: np.asarray(jax.device_get(x), order="C") for key, x in flatten_dict(variables, sep="/").items()}
     write_arrays(path, arrays, card, "pwkd_jax")
 
 
@@ -152,6 +152,8 @@ def mismatches(variables: dict, like: dict) -> list[str]:
     for key in sorted(a.keys() & b.keys()):
         if a[key].shape != b[key].shape:
             phrases.append(f"{key} is {list(a[key].shape)}, not {list(b[key].shape)}")
+        elif not jnp.issubdtype(b[key].dtype, jnp.floating):  # a count that a model of your own keeps
+            phrases += [f"{key} is {a[key].dtype}, not {b[key].dtype}"] * (a[key].dtype != b[key].dtype)
         elif bad := unusable(a[key]):
             phrases.append(f"{key} {bad}")
     return phrases
