@@ -9,10 +9,10 @@ A distiller is a Flax module called as `distiller(student, teacher, batch, progr
     progress           `Progress`: the stage, and the steps and epochs seen in it; a warm-up counts from there
     loss               scalar, a mean over the batch; metrics: {name: scalar or [B]}, logged beside it
 
-It may own parameters (connectors, trained with the student) and state (any other collection), and may draw random
-numbers with `self.make_rng("distiller")`. Two fields say how its loss enters the total, ce_weight * CE + weight * loss,
-and every field is a config key under `student.distiller`. Under staging nothing of this changes: parameters are built
-for the widest teacher, and a stage uses their leading block (`connectors`).
+It may own parameters (connectors, trained with the student) and state (any other collection), and may draw random numbers with
+`self.make_rng("distiller")` or from a stream of any other name, as `nn.Dropout` does. Two fields say how its loss enters the
+total, ce_weight * CE + weight * loss, and every field is a config key under `student.distiller`. Under staging nothing of this
+changes: parameters are built for the widest teacher, and a stage uses their leading block (`connectors`).
 
 Two methods are optional. `initial(student, teacher, batch, progress) -> (loss, metrics)` alone is minimised, without cross
 entropy, for the first `initial_epochs` of the run, or of every stage where the field `initial_each_stage` is true; they are

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pwkd_jax import models, slimmable
+from pwkd_jax.distillers import protocol
 from pwkd_jax.distillers.standardise import standardise
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import convolution
@@ -37,7 +38,8 @@ class Distillation:
     """A distiller fitted to a pair: its full-width variables and, for every teacher width, their leading block's shapes.
 
     likes: {width: abstract variables when that width teaches}, widest first. standardise: whether the distiller sees
-    logits standardised per image (Sun et al., CVPR 2024); the cross entropy never does.
+    logits standardised per image (Sun et al., CVPR 2024); the cross entropy never does. draws: whether it asks for other random
+    numbers than its own stream "distiller", as dropout does.
     """
 
     distiller: nn.Module
@@ -46,6 +48,7 @@ class Distillation:
     batch: dict[str, jax.ShapeDtypeStruct]
     likes: dict[float, dict]
     standardise: bool = False
+    draws: bool = False
 
     def init(self, key: jax.Array) -> tuple[dict, dict]:
         """(params, state) for the widest teacher; an initialiser sees zeros, not images."""
@@ -60,7 +63,7 @@ class Distillation:
 
     def __call__(self, params, state, width: float, student, teacher, batch, progress: Progress, key):
         """(weighted loss, state, metrics) of one batch when the sub-network at `width` teaches."""
-        block, rngs = self._block(params, state, width), {"distiller": key}
+        block, rngs = self._block(params, state, width), protocol.rngs(key, self.draws)
         teacher = jax.lax.stop_gradient(teacher)
         ce = jnp.mean(slimmable.cross_entropy(student.logits, batch["label"]))
         if self.standardise:
@@ -131,21 +134,26 @@ def build(
 ) -> Distillation:
     """Fit `distiller` to abstract outputs of the student and of the teacher at each width, without allocating.
 
-    Raises UserError where the method cannot serve this pair: its own reason, or the path of a parameter that is no
-    leading block at some width.
+    Raises UserError where the method cannot serve this pair: its own reason, the path of a parameter that is no leading
+    block at some width, or what a method of your own does wrong, see `protocol`.
     """
+    protocol.takes(distiller)
     teachers = dict(sorted(teachers.items(), reverse=True))
     key = jax.eval_shape(lambda: jax.random.key(0))
     likes = {}
     for width, outputs in teachers.items():
         rngs = {"params": key, "distiller": key}
-        likes[width] = dict(jax.eval_shape(distiller.init, rngs, student, outputs, batch, START))
+        with protocol.explained(distiller, student, outputs):
+            likes[width] = dict(jax.eval_shape(distiller.init, rngs, student, outputs, batch, START))
+        protocol.arrays(distiller, likes[width])
         if bad := slimmable.misfit(next(iter(likes.values())), likes[width]):
             raise UserError(
                 f"student.distiller: at teacher width {width:g} '{bad}' is not a leading block of the same parameter at "
                 "full width, so it cannot follow the stages"
             )
-    return Distillation(distiller, student, teachers, batch, likes, standardise)
+    widest = next(iter(teachers))
+    draws = protocol.check(distiller, likes[widest], (student, teachers[widest], batch, START))
+    return Distillation(distiller, student, teachers, batch, likes, standardise, draws)
 
 
 def fit(
