@@ -330,7 +330,7 @@ def pupil() -> Tiny:
     [
         (lambda t, n, k: pwkd.distil(Tiny, t, k), "student: Tiny is a class; give a module made of it"),
         (lambda t, n, k: pwkd.distil("resnet8", t, k), "student: 'resnet8' is a name; give a module"),
-        (lambda t, n, k: pwkd.distil(Tiny(num_classes=5), t, k), r"student: gives \[5\] numbers an image for 3 classes"),
+        (lambda t, n, k: pwkd.distil(Tiny(num_classes=5), t, k), r"Tiny gives 5 logits an image, and the data have 3 classes"),
         (lambda t, n, k: pwkd.distil(pupil(), n, k), "teacher: should be a Teacher or a Network.*Slimmable"),
         (lambda t, n, k: pwkd.distil(pupil(), t, drawn(9)), "task: should be made by pwkd_jax.task.*tuple"),
         (lambda t, n, k: pwkd.distil(pupil(), t, k, distiller=Hint), "distiller: Hint is a class"),

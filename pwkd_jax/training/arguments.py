@@ -90,18 +90,6 @@ def plan(stages: Sequence[Stage]) -> None:
         at = stage.end
 
 
-def fits(name: str, model: Any, image_shape: tuple[int, ...], num_classes: int) -> None:
-    """UserError unless `model` gives logits [B, num_classes] of images [H, W, C], by shapes alone."""
-    variables = models.abstract(model, image_shape)
-    images = jax.ShapeDtypeStruct((2, *image_shape), np.float32)
-    logits = jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0].logits, variables, images)
-    if logits.shape != (2, num_classes):
-        raise UserError(
-            f"{name}: gives {list(logits.shape[1:])} numbers an image for {num_classes} classes; set its number of classes, as "
-            f"in num_classes={num_classes}"
-        )
-
-
 RESERVED = {"train_loss", "learning_rate", "train_top1", "cross_entropy", "distillation", "top1", "test_loss", "seconds",
             "step", "epoch", "images_per_second"}  # fmt: skip
 
