@@ -1,0 +1,118 @@
+"""The evidence as a table and a picture, made from results/METHOD.json: summary.json of the experiments as they ended (but for
+data.data_dir, emptied).
+
+    python configs/evidence/page.py                  print the tables in Markdown, as the README has them
+    python configs/evidence/page.py --picture FILE   draw them too
+
+A gain is pwkd minus a control, seed by seed; its interval is the 95 % one of Student's t over the seeds.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+HERE = Path(__file__).parent
+ORDER = ("alone", "kd_standard", "kd_whole", "kd_whole_cyclic", "pwkd", "pwkd_reversed", "pwkd_random")
+CONTROLS = ("kd_whole", "kd_whole_cyclic")
+
+
+def summaries() -> dict[str, dict]:
+    """{method: summary} of results/METHOD.json, kd first."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
+    return dict(sorted(found.items(), key=lambda item: item[0] != "kd"))
+
+
+def last(summary: dict, arm: str) -> np.ndarray:
+    """Top-1 of the last epoch by seed [seeds], in percent."""
+    return np.array([run["top1_last"] for run in sorted(summary["arms"][arm]["runs"], key=lambda run: run["seed"])])
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """(mean, half width of its 95 % interval) of paired differences."""
+    n = len(differences)
+    return float(differences.mean()), float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n))
+
+
+def gain(summary: dict, arm: str = "pwkd", against: str = "") -> tuple[str, float, float]:
+    """(control, mean, half width): `arm` minus `against`, by default the better by mean of the two controls of pwkd."""
+    against = against or max((c for c in CONTROLS if c in summary["arms"]), key=lambda c: last(summary, c).mean())
+    return against, *interval(last(summary, arm) - last(summary, against))
+
+
+def table(found: dict[str, dict]) -> str:
+    """Every arm of kd, then every method's gain."""
+    kd = found["kd"]
+    rows = ["| KD | top-1, % | over `kd_whole`, points | over `kd_whole_cyclic`, points | n |", "|---|---|---|---|---|"]
+    for arm in ORDER:
+        if arm not in kd["arms"]:
+            continue
+        scores = last(kd, arm)
+        cells = [f"`{arm}`", f"{scores.mean():.2f} ± {scores.std(ddof=1):.2f}"]
+        for control in CONTROLS:
+            if arm == control or control not in kd["arms"]:
+                cells.append("")
+            else:
+                _, mean, half = gain(kd, arm, control)
+                cells.append(f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})")
+        rows.append(f"| {' | '.join([*cells, str(len(scores))])} |")
+    if len(found) > 1:
+        rows += ["", "| method | `kd_whole` | `kd_whole_cyclic` | `pwkd` | `pwkd` over its better control | n |",
+                 "|---|---|---|---|---|---|"]  # fmt: skip
+        for method, summary in found.items():
+            _, mean, half = gain(summary)
+            scores = [last(summary, arm) for arm in (*CONTROLS, "pwkd")]
+            cells = [f"{s.mean():.2f} ± {s.std(ddof=1):.2f}" for s in scores]
+            cells += [f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})", str(len(scores[0]))]
+            rows.append(f"| `{method}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def picture(found: dict[str, dict], path: Path) -> None:
+    """Accuracy of the teacher by width, the students while they train, arms, and gains."""
+    kd = found["kd"]
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    by_width, curves, arms, gains = figure.subplots(1, 4)
+    widths = kd["teachers"]["slimmable"]["widths"]
+    by_width.plot([w["width"] for w in widths], [w["top1_last"] for w in widths], "o-", color="#0068b5")
+    by_width.set(title="teacher", xlabel="width", ylabel="top-1, %")
+    colours = {"kd_whole": "#007a5e", "kd_whole_cyclic": "#0068b5", "pwkd": "#cc4e00"}
+    for arm, colour in colours.items():
+        runs = [run["curve"] for run in kd["runs"] if run["arm"] == arm]
+        steps = [point["epoch"] for point in runs[0]]
+        scores = np.array([[point["top1"] for point in run] for run in runs])
+        curves.plot(steps, scores.mean(0), "o-", color=colour, label=arm, markersize=3)
+        curves.fill_between(steps, scores.min(0), scores.max(0), color=colour, alpha=0.15)
+    curves.set(title="students, mean and range", xlabel="epoch")
+    curves.legend(frameon=False, fontsize=7)
+    shown = [arm for arm in ORDER if arm in kd["arms"]][::-1]
+    scores = [last(kd, arm) for arm in shown]
+    arms.errorbar([s.mean() for s in scores], shown, xerr=[s.std(ddof=1) for s in scores], fmt="o", color="#333333", capsize=3)
+    arms.set(title="last top-1, %, mean and std")
+    each = {method: gain(summary) for method, summary in found.items()}
+    gains.axvline(0, color="#999999", linewidth=0.8)
+    gains.errorbar(
+        [g[1] for g in each.values()], list(each), xerr=[g[2] for g in each.values()], fmt="o", color="#cc4e00", capsize=3
+    )
+    gains.set_title("pwkd minus its better control,\npoints, 95 % interval", fontsize=9)
+    gains.margins(y=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args(arguments)
+    found = summaries()
+    print(table(found))
+    if options.picture:
+        picture(found, options.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
