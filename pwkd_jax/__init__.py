@@ -35,7 +35,7 @@ _HOMES = {
     "Slimmable": "slimmable:Slimmable",
     "make_slimmable": "slimmable:make_slimmable",
     "mask": "slimmable:mask",
-    "sandwich_loss": "slimmable:sandwich_loss",
+    "sandwich_loss": "training.sandwich:sandwich_loss",
     "take": "slimmable:take",
     "Stage": "stages:Stage",
     "cycles": "stages:cycles",

@@ -18,7 +18,6 @@ from pwkd_jax.models import create as create_model
 from pwkd_jax.slimmable import Slimmable as Slimmable
 from pwkd_jax.slimmable import make_slimmable as make_slimmable
 from pwkd_jax.slimmable import mask as mask
-from pwkd_jax.slimmable import sandwich_loss as sandwich_loss
 from pwkd_jax.slimmable import take as take
 from pwkd_jax.stages import Stage as Stage
 from pwkd_jax.stages import cycles as cycles
@@ -29,6 +28,7 @@ from pwkd_jax.training.distil import distil as distil
 from pwkd_jax.training.distil import fit as fit_distiller
 from pwkd_jax.training.evaluation import score as score
 from pwkd_jax.training.loop import Cadence as Cadence
+from pwkd_jax.training.sandwich import sandwich_loss as sandwich_loss
 from pwkd_jax.training.schedules import learning_rate as learning_rate
 from pwkd_jax.training.task import Task as Task
 from pwkd_jax.training.task import task as task

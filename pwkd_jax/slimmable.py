@@ -13,7 +13,6 @@ layer. What widths never share is batch-norm state (switchable batch norm, Yu et
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -324,113 +323,6 @@ def refuse_masking(net: Slimmable, image_shape: tuple[int, ...]) -> None:
         )
 
 
-# Joint training.
-
-
-def sandwich_loss(
-    net: Slimmable,
-    params: dict,
-    statistics: dict,
-    images: jax.Array,
-    labels: jax.Array,
-    *,
-    loss: str = "hard",
-    reduction: str = "sum",
-    sampling: str = "all",
-    subnetworks: int = 4,
-    key: jax.Array | None = None,
-    own: Callable | None = None,
-) -> tuple[jax.Array, tuple[dict, dict]]:
-    """Joint loss of the sub-networks on one batch: images [B, H, W, C] float, labels [B] int.
-
-    sampling `all`: every width of the table, widest first; `sandwich`: the widest, then the narrowest, then
-    `subnetworks - 2` drawn with `key` from the rest (US-Net, Yu and Huang, ICCV 2019).
-    The widest learns from the labels. The others by `loss`: `hard` from the labels; `inplace` from the widest one's
-    softmax, -sum softmax(z_max) log softmax(z_w) at temperature 1 and without gradient into the target (US-Net);
-    `inplace_mix` from the sum of both. reduction `sum` (S-Net) or `mean` over sub-networks.
-    own(outputs, labels) -> {name: per-image values [B]}: metrics of each sub-network besides ours. key: needed where widths are
-    drawn, and by a network with dropout, each sub-network of which draws its own. Raises UserError where it is missing.
-    Returns (scalar, (statistics after this step, {metric name: per-image values [B]})).
-    """
-    target = None
-    noisy = net.draws(images.shape[1:])
-    if noisy and key is None:
-        raise UserError("key: this network draws random numbers in training (dropout); give a jax.random.key of the step")
-
-    def one(width: float, statistics: dict):
-        own_key = jax.random.fold_in(key, net.widths.index(width)) if noisy else None
-        out, statistics = net.forward(params, statistics, width, images, train=True, key=own_key)
-        hard = cross_entropy(out.logits, labels)
-        if target is None or loss == "hard":
-            value = hard
-        else:
-            soft = -jnp.sum(target * jax.nn.log_softmax(out.logits), axis=-1)
-            value = soft if loss == "inplace" else hard + soft
-        seen = {"train_loss": value, "train_top1": 100.0 * (jnp.argmax(out.logits, -1) == labels)}
-        return (value, seen | (own(out, labels) if own else {}), out.logits), statistics
-
-    total, metrics = 0.0, {}
-    fixed = net.table if sampling == "all" else (net.widest, net.widths[-1])
-    for width in fixed:
-        (value, seen, logits), statistics = one(width, statistics)
-        if target is None:
-            target = jax.lax.stop_gradient(jax.nn.softmax(logits))
-        total += jnp.mean(value)
-        metrics |= {f"{name}_{width_key(width)}": values for name, values in seen.items()}
-    count = len(fixed)
-    if sampling == "sandwich" and (drawn := draws(net, subnetworks, key)) is not None:
-        middle = net.widths[1:-1]
-        for index in drawn:
-            branches = [lambda s, w=w: one(w, s) for w in middle]
-            (value, seen, _), statistics = jax.lax.switch(index, branches, statistics)
-            total += jnp.mean(value)
-            metrics |= {f"{name}_drawn": values for name, values in seen.items()}
-        count += len(drawn)
-    return total / (count if reduction == "mean" else 1), (statistics, metrics)
-
-
-def draws(net: Slimmable, subnetworks: int, key: jax.Array) -> list[jax.Array] | None:
-    """Indices into the widths between the ends for one step's drawn sub-networks, all different; None without any."""
-    middle = len(net.widths) - 2
-    count = min(subnetworks - 2, middle)
-    return list(jax.random.permutation(key, middle)[:count]) if count > 0 else None
-
-
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """-log softmax(logits)[label] per image: [B, classes], [B] -> [B]."""
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
-
-
-# Calibration: statistics for widths that were trained without their own.
-
-
-def batch_statistics(model: nn.Module, variables: dict, images: jax.Array, key: jax.Array | None = None) -> dict:
-    """The batch-norm statistics of this one batch, with nothing of the running ones mixed in. key: for a model with dropout.
-
-    Whatever layers the model has, a training pass gives keep * old + (1 - keep) * batch for some fraction `keep`. Old
-    statistics of 1 and of 0 differ by `keep` in the result; a blank image shows it free of rounding by large values.
-    """
-
-    def after(old: float, images: jax.Array) -> dict:
-        stats = jax.tree.map(lambda s: jnp.full_like(s, old), variables["batch_stats"])
-        return models.apply(model, {**variables, "batch_stats": stats}, images, train=True, key=key)[1]
-
-    blank = jnp.zeros_like(images[:1])
-    keep = jax.tree.map(lambda one, zero: jnp.median(one - zero), after(1.0, blank), after(0.0, blank))
-    return jax.tree.map(lambda s, k: s / (1 - k), after(0.0, images), keep)
-
-
-def calibrate(batch_stats: Callable[[int], dict], batches: int) -> dict:
-    """Mean over `batches` of `batch_stats(i)`, the true cumulative mean: every batch weighs the same, in any order.
-
-    An exponential average would leave 0.9^n of the old value behind; the sum is taken in float64 on the host.
-    """
-    sums = None
-    for i in range(batches):
-        stats = jax.tree.map(lambda x: jax.device_get(x).astype("float64"), batch_stats(i))
-        sums = stats if sums is None else jax.tree.map(lambda a, b: a + b, sums, stats)
-    return jax.tree.map(lambda x: jnp.asarray(x / batches, jnp.float32), sums)
-
-
-def calibration_batches(images: int, batch_size: int) -> int:
-    return math.ceil(images / batch_size)

@@ -12,6 +12,7 @@ from flax.nnx import bridge
 from pwkd_jax import models, slimmable
 from pwkd_jax.errors import UserError
 from pwkd_jax.slimmable import embed, mask, put, take
+from pwkd_jax.training import calibration, sandwich
 
 
 class Depthwise(nn.Module):
@@ -173,7 +174,7 @@ def test_an_nnx_model_is_slimmable_through_the_bridge(batch):
         scale, bias = (params["shared"]["norm"][k][:8] for k in ("scale", "bias"))
         x = nn.relu((z - z.mean((0, 1, 2))) / jnp.sqrt(z.var((0, 1, 2)) + 1e-5) * scale + bias).mean((1, 2))
         close(logits, x @ params["shared"]["head"]["kernel"][:8] + params["shared"]["head"]["bias"], 1e-5)
-    stats = slimmable.batch_statistics(sliced.members[0.5], sliced.extract(params, statistics, 0.5), batch[0])
+    stats = calibration.batch_statistics(sliced.members[0.5], sliced.extract(params, statistics, 0.5), batch[0])
     close(stats["norm"], {"mean": z.mean((0, 1, 2)), "var": z.var((0, 1, 2))}, 1e-5)
 
 
@@ -238,7 +239,7 @@ def test_shared_norm_is_one_set_for_all(batch):
 
 def losses(net, params, statistics, batch, **options):
     def loss(params):
-        return slimmable.sandwich_loss(net, params, statistics, *batch, **options)
+        return sandwich.sandwich_loss(net, params, statistics, *batch, **options)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
@@ -301,12 +302,12 @@ def test_sandwich_takes_both_ends_and_what_was_drawn(batch):
     net = network(make=Depthwise, widths=(0.25, 0.5, 1.0), batch_norm="shared", pool=(0.375, 0.625))
     params, statistics = net.init(jax.random.key(0), IMAGE_SHAPE)
     key = jax.random.key(7)
-    drawn = [net.widths[1:-1][int(i)] for i in slimmable.draws(net, 4, key)]
+    drawn = [net.widths[1:-1][int(i)] for i in sandwich.draws(net, 4, key)]
     assert len(drawn) == 2 and len(set(drawn)) == 2 and set(drawn) < {0.625, 0.5, 0.375}
     (value, _), grads = losses(net, params, statistics, batch, sampling="sandwich", key=key)
     labels = np.eye(10, dtype=np.float32)[batch[1]]
     close((value, grads), added(*(single(net, statistics, batch, w)(params, labels) for w in (1.0, 0.25, *drawn))), 3e-6)
-    seen = {tuple(int(i) for i in slimmable.draws(net, 4, jax.random.key(k))) for k in range(40)}
+    seen = {tuple(int(i) for i in sandwich.draws(net, 4, jax.random.key(k))) for k in range(40)}
     assert {i for pair in seen for i in pair} == {0, 1, 2}
 
 
@@ -328,10 +329,10 @@ def test_calibration_is_the_mean_of_batch_statistics_in_any_order():
     variables = net.extract(params, statistics, 0.5)
     images = np.random.default_rng(3).standard_normal((4, 16, *IMAGE_SHAPE)).astype(np.float32)
 
-    statistics_of = jax.jit(lambda v, x: slimmable.batch_statistics(net.members[0.5], v, x))
+    statistics_of = jax.jit(lambda v, x: calibration.batch_statistics(net.members[0.5], v, x))
 
     def run(order):
-        return slimmable.calibrate(lambda i: statistics_of(variables, images[order[i]]), len(order))
+        return calibration.calibrate(lambda i: statistics_of(variables, images[order[i]]), len(order))
 
     found = run([0, 1, 2, 3])
     close(found, run([2, 0, 3, 1]), 1e-7)
@@ -362,7 +363,7 @@ def test_calibration_rescues_shared_norm(batch):
     variables, narrow = net.extract(params, statistics, 0.25), net.members[0.25]
     wanted = jax.jit(lambda v: models.apply(narrow, v, batch[0], train=True)[0].logits)(variables)
     evaluate = jax.jit(lambda v: models.apply(narrow, v, batch[0], train=False)[0].logits)
-    stats = jax.jit(lambda v: slimmable.batch_statistics(narrow, v, batch[0]))(variables)
+    stats = jax.jit(lambda v: calibration.batch_statistics(narrow, v, batch[0]))(variables)
     calibrated, shared = evaluate({**variables, "batch_stats": stats}), evaluate(variables)
     close(calibrated, wanted, 1e-4)
     assert np.abs(shared - wanted).max() > 100 * np.abs(calibrated - wanted).max()

@@ -371,7 +371,7 @@ def test_checkpoints_keep_the_latest_and_the_stage_ends(tmp_path):
         checkpoints.save(step, jax.tree.map(lambda x, s=step: x + s, state))
     checkpoints.close()
     again = Checkpoints(tmp_path / "c", keep=[2, 4])
-    assert again.steps == [2, 4, 6]
+    assert again.steps == [2, 4, 5, 6]  # the latest two, and the stage ends
     assert identical(again.restore(state), jax.tree.map(lambda x: x + 6, state))
     assert identical(again.restore(state, 2), jax.tree.map(lambda x: x + 2, state))
     other = {"w": jnp.arange(4.0), "n": {"0.25": jnp.ones((2, 2)), "0.5": jnp.zeros(())}}

@@ -13,8 +13,20 @@ from pwkd_jax import data, models, slimmable, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import contract, precision
 from pwkd_jax.slimmable import Slimmable
-from pwkd_jax.training import arguments, device_gradients, dispatch, distributed, loop, metrics, record, schedules, sharding
+from pwkd_jax.training import (
+    arguments,
+    calibration,
+    device_gradients,
+    dispatch,
+    distributed,
+    loop,
+    metrics,
+    record,
+    schedules,
+    sharding,
+)
 from pwkd_jax.training import state as states
+from pwkd_jax.training.sandwich import sandwich_loss
 from pwkd_jax.training.sharding import place
 from pwkd_jax.training.state import State, apply_gradients, rng
 from pwkd_jax.training.task import Task
@@ -27,12 +39,12 @@ def make_step(
 ) -> Callable:
     """step(state, batch) -> (state, metrics): one optimiser update from the gradients of all sub-networks together.
 
-    preprocess(key, uint8 images) -> float images, augmented. sandwich: the keywords of `slimmable.sandwich_loss`. mesh: that of
+    preprocess(key, uint8 images) -> float images, augmented. sandwich: the keywords of `sandwich.sandwich_loss`. mesh: that of
     the state's arrays where each device along `data` has the parameters whole; the step then communicates less.
     """
 
     def loss_fn(params, statistics, key, images, labels):
-        return slimmable.sandwich_loss(net, params, statistics, images, labels, key=key, **sandwich)
+        return sandwich_loss(net, params, statistics, images, labels, key=key, **sandwich)
 
     gradient = device_gradients.value_and_grad(loss_fn, net, mesh) if mesh else jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -58,21 +70,21 @@ def make_calibration(net: Slimmable, split: data.Split, preprocess, mesh, *, ima
     True cumulative mean over at least `images` training images in batches of `batch_size` through the training
     transform, always the same ones for a seed; nothing of the old statistics remains.
     """
-    count = slimmable.calibration_batches(images, batch_size)
+    count = calibration.calibration_batches(images, batch_size)
     pipeline = data.batches(split, batch_size, seed, jax.process_index(), jax.process_count(), cycle=count)
 
     def one(member, variables, step, batch):
         key = jax.random.fold_in(jax.random.key(seed), step)
         images = preprocess(key, batch["image"])
         noise = jax.random.fold_in(key, 1) if models.draws(member, images.shape[1:]) else None
-        return slimmable.batch_statistics(member, variables, images, noise)
+        return calibration.batch_statistics(member, variables, images, noise)
 
     compiled = jax.jit(one, static_argnums=0, out_shardings=sharding.replicated(mesh))
 
     def calibrate(frozen: dict[float, dict]) -> dict[float, dict]:
         result = {}
         for width, variables in frozen.items():
-            stats = slimmable.calibrate(
+            stats = calibration.calibrate(
                 lambda i, w=width, v=variables: compiled(
                     net.members[w], v, np.int32(i), sharding.put_batch(mesh, pipeline(i))
                 ),
@@ -194,7 +206,7 @@ def train_teacher(
 
     duration: '60 epochs', '5000 steps', '1e6 examples', or a number of steps. optimizer: an optax chain with its learning rate
     in it; by default SGD (momentum 0.9, weight decay 5e-4) at `learning_rate`: the peak of one cosine, 0.05 by default, or a
-    schedule on the global step. loss, sampling, subnetworks, reduction: see `slimmable.sandwich_loss`. calibration: {"images",
+    schedule on the global step. loss, sampling, subnetworks, reduction: see `sandwich.sandwich_loss`. calibration: {"images",
     "batch_size", "seed"} measures batch-norm statistics anew, see `make_calibration`. start: variables of the widest network.
     metrics(outputs, labels) -> {name: per-image values [B]}, logged for every width. callback(step, state, {name: mean}): after
     every step. directory: where checkpoints and metrics go, and where a stopped run goes on; nothing is kept without one.
