@@ -42,5 +42,5 @@ def test_the_committed_summaries_are_of_the_committed_configs():
         then = dict(config.leaves(type(settings)(summary["config"])))
         differ = {k for k in then if k in now and json.loads(json.dumps(now[k])) != json.loads(json.dumps(then[k]))}
         assert differ <= {"arms", "data.data_dir", "teacher.run"}, (method, differ)
-        assert {len(arm["runs"]) for arm in summary["arms"].values()} == {5}
+        assert {len(arm["runs"]) for arm in summary["arms"].values()} == {settings.seeds}
         assert summary["environment"]["git_dirty"] is False
