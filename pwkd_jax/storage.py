@@ -103,9 +103,12 @@ def put_aside(folder: Path, ending: str) -> Path:
     return folder.rename(aside)
 
 
-def remove(folder: Path, missing_ok: bool = False) -> None:
-    """Remove a folder with all that is in it. Raises OSError unless `missing_ok`."""
-    shutil.rmtree(folder, ignore_errors=missing_ok)
+def remove(path: Path, missing_ok: bool = False) -> None:
+    """Remove a file, or a folder with all that is in it. Raises OSError unless `missing_ok`."""
+    if path.is_file():
+        path.unlink(missing_ok=missing_ok)
+    else:
+        shutil.rmtree(path, ignore_errors=missing_ok)
 
 
 @contextlib.contextmanager

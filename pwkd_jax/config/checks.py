@@ -33,6 +33,7 @@ def check(config: ConfigDict) -> None:
     for arm in c.arms:
         need("arms", arm in stages.ARMS, "from " + ", ".join(stages.ARMS))
     one_of("dtype", precision.DTYPES)
+    one_of("non_finite", ("stop", "skip"))
     if c.profile:
         profile.parse(c.profile)
     need("batch_norm_group", c.batch_norm_group >= 0, "0 (the global batch) or a number of images")
@@ -103,6 +104,8 @@ def check(config: ConfigDict) -> None:
          "auto or none where student.batches is 'own', for students in one program share their batches")  # fmt: skip
     need("student.together", s.together != "devices" or (s.sharding == s.teacher_sharding == "replicated" and
          c.mesh.model == 1), "another where networks are split over devices")  # fmt: skip
+    need("student.together", s.together in ("auto", "none") or c.non_finite == "stop",
+         "auto or none where non_finite is 'skip', for what one student skips the others need not")  # fmt: skip
     one_of("student.schedule.cycles", ("per_stage", "single"))
     one_of("student.schedule.single_form", ("", *schedules.CYCLES))
     need("student.reset", set(s.reset) <= {"momentum", "batch_norm", "weights"}, "from momentum, batch_norm, weights")

@@ -40,6 +40,7 @@ def default() -> ConfigDict:
     config.dtype = "float32"  # of convolutions and products; bfloat16 leaves parameters, statistics and losses float32
     config.batch_norm_group = 0  # batch norm over groups of so many images; 0: over the global batch
     config.mesh = ConfigDict({"model": 1})  # so many devices share one copy of a network; 1: pure data parallelism
+    config.non_finite = "stop"  # at a step whose loss or gradient is not finite; or skip: it changes nothing and is counted
     config.steps_per_dispatch = 0  # of one compiled loop, at most, over images on the devices; 0: 1 on CPU, otherwise 100
 
     config.data = ConfigDict({

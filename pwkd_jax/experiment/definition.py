@@ -68,10 +68,17 @@ class Experiment:
     def place(self, tree, how: str = "replicated"):
         return self.task.place(tree, how)
 
+    @property
+    def skips(self) -> bool:
+        """Whether steps that are not finite are left out."""
+        return self.config.non_finite == "skip"
+
     def several(self, count: int) -> students_together.Several | None:
         """How `count` students that are still to be trained train in one program; None for one by one."""
         c = self.config.student
-        return students_together.several(c.together, count, list(self.mesh.devices.flat)) if c.batches == "shared" else None
+        if c.batches != "shared" or self.skips:  # what one has to skip, the others need not
+            return None
+        return students_together.several(c.together, count, list(self.mesh.devices.flat))
 
     def on(self, several: students_together.Several | None) -> "Experiment":
         """The experiment where those students train: on a mesh of their own if they have one."""

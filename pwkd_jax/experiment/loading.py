@@ -15,6 +15,7 @@ from pwkd_jax import slimmable, stages, storage, weights
 from pwkd_jax.config import complete
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition
+from pwkd_jax.experiment.workdir import changed_since
 from pwkd_jax.training import checkpoints, student
 from pwkd_jax.weights import Network
 
@@ -47,6 +48,7 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
         hint = f"there are {', '.join(inside)} in it" if inside else f"give {kinds}"
         raise UserError(f"{target}: is no run of an experiment; {hint}")
     parts = place.split("/")
+    changed_since(workdir)
     try:
         # What older experiments did not set has the default of today.
         config = complete(ConfigDict(json.loads(storage.read(workdir / "config.json"))), (), str(workdir / "config.json"))

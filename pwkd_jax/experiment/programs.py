@@ -24,7 +24,7 @@ def teacher_arguments(experiment: Experiment, name: str) -> dict:
     sandwich = {"loss": c.loss, "sampling": c.sampling} if name == "slimmable" else {}
     rule = experiment.rule("teacher", [(0, total)])
     return {"rule": rule, "sharding_how": c.sharding, "start": experiment.start.get(name), "reduction": c.reduction,
-            "subnetworks": c.subnetworks, **sandwich}  # fmt: skip
+            "subnetworks": c.subnetworks, "skip": experiment.skips, **sandwich}  # fmt: skip
 
 
 def teacher_step(experiment: Experiment, name: str) -> tuple[Callable, Callable]:
@@ -46,7 +46,7 @@ def student_steps(
         experiment.student, members, plan, distillation, experiment.on(several).task,
         experiment.rule("student", *experiment.spans(plan)), same_crop=c.same_crop,
         data_seed=experiment.config.seed if c.batches == "shared" else None, several=several, sharding_how=c.sharding,
-        start=experiment.start.get("student"),
+        start=experiment.start.get("student"), skip=experiment.skips,
     )  # fmt: skip
 
 

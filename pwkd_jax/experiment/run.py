@@ -1,6 +1,7 @@
 """One experiment: its teachers, then every arm and seed of its students, then the report. Resumes by itself.
 
     WORKDIR/config.json, data.json            what it was started with, and facts of its data
+    WORKDIR/made_with.json                    the version of this layout, and those of all packages that began it
     WORKDIR/teacher/slimmable, .../standard   checkpoints, metrics.jsonl, TensorBoard events; when finished, result.json and
                                               the frozen weights of every width as width_W.safetensors
     WORKDIR/students/ARM/seedN                the same without the last
@@ -44,6 +45,8 @@ def _run(experiment: Experiment, plans: dict, wanted: list[str], distillations: 
 
     taught = {name: functools.cache(functools.partial(teach, experiment, workdir, name)) for name in wanted}
     teacher_results = {name: results.result(workdir / "teacher" / name) or taught[name]()[1] for name in wanted}
+    for line in reporting.gates(teacher_results, {}):
+        print(f"warning: {line}")
     learnt = []
     for arm, plan in plans.items():
         learnt += students(experiment, workdir, arm, plan, taught.get(plan[0].teacher), distillations.get(plan[0].teacher))

@@ -13,18 +13,17 @@ from ml_collections import ConfigDict
 from pwkd_jax import storage
 from pwkd_jax.config import leaves
 from pwkd_jax.errors import UserError
-from pwkd_jax.experiment.workdir import differences
+from pwkd_jax.experiment.workdir import changed_since, differences, settings
 
 # Neither changes a teacher: where the data lie, and where it came from itself.
 FREE = ("data.data_dir", "teacher.run")
 
 
-def identity(config: ConfigDict) -> dict:
-    """{dotted key: value} of the settings that make the teachers of a config: those of its data and its teacher.
+def identity(known: dict) -> dict:
+    """Of {dotted key: value} those settings that make the teachers of a config: those of its data and its teacher.
 
     `seed` is not among them: students of another seed may share a teacher, as those of one workdir do.
     """
-    known = dict(leaves(ConfigDict(json.loads(config.to_json()))))
     return {k: v for k, v in known.items() if k.startswith(("data.", "teacher.")) and k not in FREE}
 
 
@@ -34,10 +33,12 @@ def check(config: ConfigDict, facts: dict, names: Iterable[str]) -> None:
     if not run:
         return
     try:
-        lender, known = (json.loads(storage.read(Path(run) / file)) for file in ("config.json", "data.json"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"teacher.run: '{run}' is not a workdir of pwkd_jax.train ({type(e).__name__})") from e
-    own, other = identity(config), identity(ConfigDict(lender))
+        lender, known = settings(Path(run)), json.loads(storage.read(Path(run) / "data.json"))
+    except (OSError, ValueError, UserError) as e:
+        why = e if isinstance(e, UserError) else type(e).__name__
+        raise UserError(f"teacher.run: '{run}' is not a workdir of pwkd_jax.train ({why})") from e
+    changed_since(Path(run))
+    own, other = identity(dict(leaves(config))), identity(lender)
     if differ := [k for k in sorted(own.keys() | other.keys()) if own.get(k) != other.get(k)]:
         key, more = differ[0], f" (and {len(differ) - 1} more keys)" if len(differ) > 1 else ""
         raise UserError(

@@ -129,7 +129,7 @@ def _with_teachers(points: list[Point], configs: dict, root: Path) -> list[Point
     for point in points:
         c = configs[point.name]
         if not c.teacher.run and set(c.arms) != {TEACHERLESS}:
-            shared.setdefault(json.dumps(shared_teachers.identity(c), sort_keys=True), []).append(point)
+            shared.setdefault(json.dumps(shared_teachers.identity(dict(config.leaves(c))), sort_keys=True), []).append(point)
     teachers, lent, names = [], {}, set()
     for group in shared.values():
         model = re.sub(r"[^\w.+-]", "_", configs[group[0].name].teacher.model)

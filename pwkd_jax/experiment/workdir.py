@@ -3,15 +3,20 @@ another."""
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from pwkd_jax import storage
-from pwkd_jax.config import leaves
+from pwkd_jax.config import complete, leaves
 from pwkd_jax.errors import UserError
+from pwkd_jax.reporting.environment import environment
 from pwkd_jax.training import distributed
+
+# What a workdir is laid out as. One without made_with.json is of before it was written, and laid out as 1.
+FORMAT, VERSION = "pwkd_jax.workdir", 1
 
 # Keys that may change between two commands in one workdir: they add runs to it, or change nothing of a finished one.
 FREE = (
@@ -43,14 +48,15 @@ def held(workdir: Path) -> Iterator[None]:
 
 
 def claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
-    """Write config.json and data.json, or refuse a workdir that holds runs of another config, or of other data.
+    """Write config.json, data.json and made_with.json, or refuse a workdir that holds runs of another config, of other data, or
+    of a later version.
 
     facts: of the data, see `definition.data_facts`. Those of the first command stay: its runs were made with them.
     """
-    path = workdir / "config.json"
+    path, made_with = workdir / "config.json", workdir / "made_with.json"
+    changed_since(workdir)
     if storage.exists(path):
-        before = dict(leaves(ConfigDict(json.loads(storage.read(path)))))
-        now = dict(leaves(ConfigDict(json.loads(config.to_json()))))
+        before, now = settings(workdir), dict(leaves(config))
         differ = [k for k in sorted(before.keys() | now.keys()) if k not in FREE and before.get(k) != now.get(k)]
         if differ:
             key = differ[0]
@@ -73,9 +79,44 @@ def claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
     try:
         storage.replace(path, config.to_json(indent=2) + "\n")
         if not storage.exists(known):
+            storage.replace(made_with, json.dumps({"format": FORMAT, "version": VERSION, **environment()}, indent=2) + "\n")
             storage.replace(known, json.dumps(facts, indent=2) + "\n")
     except OSError as e:
         raise UserError(f"--workdir: '{workdir}' cannot be written ({e.strerror})") from e
+
+
+def settings(workdir: Path) -> dict:
+    """{dotted key: value} of the config in a workdir; keys that are newer than it have the default, which is what it did.
+
+    Raises UserError where it is not whole, or has a key that this version no longer knows."""
+    path = workdir / "config.json"
+    try:
+        found = ConfigDict(json.loads(storage.read(path)))
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"'{path}' is not whole") from e
+    return dict(leaves(complete(found, (), str(path))))
+
+
+def changed_since(workdir: Path) -> None:
+    """Refuse a workdir of a later version, and warn of one that other versions of pwkd_jax or jax began. Raises UserError."""
+    path = workdir / "made_with.json"
+    if not storage.exists(path):
+        return
+    try:
+        made = json.loads(storage.read(path))
+        version = int(made["version"])
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(f"'{path}' is not whole; give another workdir") from e
+    if version > VERSION:
+        raise UserError(
+            f"'{workdir}' was laid out by pwkd_jax {made.get('pwkd_jax')}, as version {version}, and this one knows versions "
+            f"up to {VERSION}; use that pwkd_jax or a later one"
+        )
+    now = environment()
+    parts = [name for name in ("pwkd_jax", "jax", "device") if made.get(name, now[name]) != now[name]]
+    if parts:
+        then = ", ".join(f"{name} {made[name]} (now {now[name]})" for name in parts)
+        print(f"warning: '{workdir}' was begun with {then}: what is added may differ from it in the last bits", file=sys.stderr)
 
 
 def differences(before: dict, now: dict) -> list[str]:

@@ -81,7 +81,7 @@ def build(
             "ensemble_members": ensemble_members,
             "arms": arms,
             "gain": _gain(arms),
-            "warnings": _warnings(teachers, arms),
+            "warnings": gates(teachers, arms),
             "seconds": seconds,
         }
     )
@@ -179,8 +179,8 @@ def _difference(arms: dict, against: str, notes: list[str]) -> dict | None:
     return {**phrases.stat(list(per_seed.values())), "against": against, "per_seed": per_seed, "note": note}
 
 
-def _warnings(teachers: dict, arms: dict) -> list[str]:
-    """The sanity gates of a slimmable teacher (spec A12), on last-epoch top-1."""
+def gates(teachers: dict, arms: dict) -> list[str]:
+    """The sanity gates of a slimmable teacher that fail, a sentence each, on last-epoch top-1. Source: the algorithm's A12."""
     if "slimmable" not in teachers:
         return []
     rows = sorted(teachers["slimmable"]["widths"], key=lambda row: row["width"])

@@ -20,6 +20,7 @@ from pwkd_jax.stages import Stage
 from pwkd_jax.training import arguments, dispatch, distributed, loop, record, schedules, sharding, students_together
 from pwkd_jax.training import state as states
 from pwkd_jax.training import student as students
+from pwkd_jax.training.non_finite import skipping
 from pwkd_jax.training.state import State
 from pwkd_jax.training.task import Task
 from pwkd_jax.training.teacher import Teacher, as_teacher
@@ -64,10 +65,11 @@ def programs(
     sharding_how: str = "replicated",
     start: dict | None = None,
     metrics: Callable | None = None,
+    skip: bool = False,
 ) -> tuple[Callable, dict[tuple[float, ...], Callable]]:
     """(creator of the first state from (seed, variables to start from or None), {widths: compiled step(state, batch, teacher)})
     for all seeds and stages of a plan. members: {width: model} of the teacher. The rest as `student.make_step` has it; several:
-    of so many students at once, by their seeds [students]."""
+    of so many students at once, by their seeds [students]; skip: steps that are not finite, see `non_finite.skipping`."""
 
     def make(seed, given):
         return students.init(student, task.image_shape, distillation, rule.direction, seed, given)
@@ -84,6 +86,7 @@ def programs(
             student, members, widths, distillation, plan, *rule, task.preprocess, images=len(task.train), same_crop=same_crop,
             data_seed=data_seed, several=several, own=metrics,
         )  # fmt: skip
+        step = skipping(step) if skip else step
         steps[widths] = sharding.jit_step(task.mesh, dispatch.many(step, task.image_shape), create.layout)
     return create, steps
 
@@ -163,6 +166,7 @@ def distil(
     several: students_together.Several | None = None,
     sharding: str = "replicated",
     profiled: str = "",
+    non_finite: str = "stop",
     compiled: tuple[Callable, dict] | None = None,
 ) -> Student:
     """Teach `student`, stage by stage as the plan says, with any distiller; without a teacher, by the labels alone.
@@ -175,14 +179,15 @@ def distil(
     `student.enter_stage`. metrics(outputs, labels) -> {name: per-image values [B]}, logged. callback(step, state, {name:
     mean}): after every step. directory: where checkpoints and metrics go, and where a stopped run goes on; nothing is kept
     without one. label: '' prints nothing. several: seeds together in one program, `seed` being theirs [students]; model and
-    variables are then the first one's. compiled: of `programs`, to use again. Raises UserError where something does not fit or
-    the loss is not finite.
+    variables are then the first one's. non_finite: `stop` at a step whose loss or gradient is not finite, or `skip` and count
+    it. compiled: of `programs`, to use again. Raises UserError where something does not fit or is not finite.
     """
     teacher = None if teacher is None else as_teacher(teacher)
     arguments.task(task)
     arguments.module("student", student)
     arguments.optimizer(optimizer, learning_rate)
     arguments.one_of("connectors", connectors, ("leading", "reinit"))
+    arguments.one_of("non_finite", non_finite, ("stop", "skip"))
     for word in reset:
         arguments.one_of("reset", word, ("momentum", "batch_norm", "weights"))
     images, size = len(task.train), arguments.batch_size(task, batch_size)
@@ -207,6 +212,7 @@ def distil(
     create, stepping = compiled or programs(
         student, teacher.net.members if teacher else {}, plan, distillation, task, rule, same_crop=same_crop,
         data_seed=data_seed, several=several, sharding_how=sharding, start=start, metrics=arguments.own_metrics(metrics),
+        skip=non_finite == "skip",
     )  # fmt: skip
     init = jax.vmap(rule.direction.init) if several else rule.direction.init
     seed = np.asarray(seed, np.uint32) if several else seed
@@ -228,8 +234,10 @@ def distil(
     here = task.on(several.mesh) if several and several.mesh else task
     frozen = here.place(teacher.variables) if teacher and here is not task else teacher.variables if teacher else {}
     segments = [
-        loop.Segment(s.end, functools.partial(stepping[s.widths], teacher={w: frozen[w] for w in s.widths}), enter)
-        for s in plan
+        loop.Segment(
+            s.end, functools.partial(stepping[s.widths], teacher={w: frozen[w] for w in s.widths}), enter, _stage(plan, i)
+        )
+        for i, s in enumerate(plan)
     ]
     state, directory = fresh(), directory and Path(directory)
     overview = parameter_overview.get_parameter_overview(state.params)
@@ -248,7 +256,7 @@ def distil(
     state, rows = loop.run(
         directory, label, state, segments, here.batches(size, order), evaluate,
         cadence or loop.usual(ends[-1], -(-images // size)), images=images, batch_size=size, texts={"parameters": overview},
-        keep=ends, profiled=profiled, callback=callback,
+        keep=ends, profiled=profiled, callback=callback, held=functools.partial(here.held, size, order),
     )  # fmt: skip
     kept = loop.snapshots(directory, state, ends) if directory and len(ends) > 1 else [state]
     own = task.place(students_together.member(state, 0)) if several else state
@@ -257,6 +265,13 @@ def distil(
     if directory and not compiled and not isinstance(model, students.Assisted):
         found.save(directory / weights.STUDENT)
     return found
+
+
+def _stage(plan: Sequence[Stage], index: int) -> str:
+    """Which stage it is and who teaches, in words; "" of the only one without a teacher."""
+    widths = " or ".join(f"{w:g}" for w in plan[index].widths)
+    taught = [f"teacher width {widths}"] if widths else []
+    return ", ".join(([f"stage {index + 1} of {len(plan)}"] if len(plan) > 1 else []) + taught)
 
 
 def _refuse_unlike(teacher: Teacher, task: Task) -> None:

@@ -1,6 +1,5 @@
 """The only training loop, and a run around it: one directory that resumes by itself."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,10 +7,10 @@ from typing import NamedTuple
 
 import jax
 
-from pwkd_jax.errors import UserError
 from pwkd_jax.training import distributed, preemption, profile
 from pwkd_jax.training.checkpoints import Checkpoints
 from pwkd_jax.training.metrics import Running, means
+from pwkd_jax.training.non_finite import Watch
 from pwkd_jax.training.state import State
 from pwkd_jax.training.writers import Progress, Writer
 
@@ -43,11 +42,12 @@ def fit(
 
 
 class Segment(NamedTuple):
-    """Part of a run under one step function. enter(state) -> state is applied at its first step."""
+    """Part of a run under one step function. enter(state) -> state is applied at its first step. name: in words."""
 
     end: int
     step: Callable
     enter: Callable
+    name: str = ""
 
 
 class Cadence(NamedTuple):
@@ -79,14 +79,16 @@ def run(
     keep: Sequence[int] = (),
     profiled: str = "",
     callback: Callable[[int, State, dict[str, jax.Array]], None] | None = None,
+    held: Callable[[int], Sequence | None] = lambda step: None,
 ) -> tuple[State, list[dict]]:
     """Train `state` through all segments in `directory`, from its latest checkpoint if it has one; without one nothing is kept.
 
     Evaluates and saves at the end of every segment besides the cadence. images: in one epoch. texts: written once. profiled:
     see `profile.parse`. callback(step, state, {name: mean over the step's images}): after every dispatch, before anything is
-    saved. Returns the final state and the rows of metrics.jsonl: {"step", "epoch", "seconds", "train_loss", ...,
-    "images_per_second"}, and what `evaluate` returned where it ran. Raises UserError when the loss is not finite, and Preempted
-    once it has saved what a resumed run needs to write the same rows as an unbroken one.
+    saved. held(step): what images the batch of a step holds, for the error where its loss is not finite. Returns the final
+    state and the rows of metrics.jsonl: {"step", "epoch", "seconds", "train_loss", ..., "images_per_second"}, and what
+    `evaluate` returned where it ran. Raises UserError when the loss or a parameter is not finite (see `non_finite`), and
+    Preempted once it has saved what a resumed run needs to write the same rows as an unbroken one.
     """
     ends = [s.end for s in segments]
     checkpoints = Checkpoints(directory and directory / "checkpoints", keep=[*keep, ends[-1]])
@@ -102,6 +104,7 @@ def run(
         writer.write_texts(0, texts)
     progress = Progress(label, ends[-1], begin)
     running, clock = Running(), _Clock(begin)
+    watch = Watch(directory, label, held, lambda at: next((s.name for s in segments if at <= s.end), ""))
     trace = profile.trace(profiled if directory else "", label, (directory or Path()) / "profile")
     if note:
         running.load(note["window"])
@@ -121,19 +124,18 @@ def run(
         evaluating = at % cadence.evaluate == 0 or at in ends
         if not due(at):
             return progress.update(at)
-        held = unwritten(at, True) if evaluating else None
+        window = unwritten(at, True) if evaluating else None
+        first, since = running.first(), clock.begun
         found = running.flush()
-        if not math.isfinite(found["train_loss"]):
-            raise UserError(
-                f"{label + ': ' if label else ''}the loss is {found['train_loss']} at step {at}; lower the learning rate "
-                "(schedule.peak) or clip the gradient (optimizer.clip_norm)"
-            )
+        watch.loss(since, at, found, first and (since + first[0] + 1, first[1]), at == ends[-1])
+        watch.params(at, state.params)
+        watch.passed(at)
         row = {"epoch": at * batch_size / images, **found, "images_per_second": clock.rate(at, batch_size)}
         if evaluating:
             try:
                 row |= evaluate(state)
             except preemption.Preempted:
-                checkpoints.save(at, state, held)
+                checkpoints.save(at, state, window)
                 raise
         row["seconds"] = clock.lap(at)
         writer.write_scalars(at, row)
@@ -148,9 +150,14 @@ def run(
         if at % cadence.save == 0 or at in ends:
             writer.flush()
             checkpoints.save(at, state)
+        elif watch.near(at):
+            watch.params(at, state.params)
+            if watch.ahead(at):
+                checkpoints.save(at, state, unwritten(at, False))
 
     def stop(at: int, state: State, metrics) -> None:
         if preemption.reached():
+            watch.params(at, state.params)
             checkpoints.save(at, state, unwritten(at, False))
             raise preemption.Preempted
 
@@ -164,7 +171,7 @@ def run(
                 if int(state.step) == start:
                     state = segment.enter(state)
                 state = fit(state, segment.step, pipeline, segment.end, (trace, record, told, save, stop),
-                            lambda at: due(at) or trace.due(at))  # fmt: skip
+                            lambda at: due(at) or trace.due(at) or watch.near(at))  # fmt: skip
             start = segment.end
     except jax.errors.JaxRuntimeError as e:
         distributed.leave(e)  # rather than wait for a save in which a dead process has a part
@@ -185,6 +192,11 @@ class _Clock:
 
     def __init__(self, step: int):
         self._step, self._lap, self._since = step, time.monotonic(), time.monotonic()
+
+    @property
+    def begun(self) -> int:
+        """The step of the last row."""
+        return self._step
 
     def dump(self, step: int) -> list[float]:
         now = time.monotonic()

@@ -69,6 +69,13 @@ class Task:
         labels = jax.device_put(self.train.labels, sharding.replicated(self.mesh))
         return lambda step: sharding.put_batch(self.mesh, pipeline(step)) | {"dataset_label": labels}
 
+    def held(self, batch_size: int, seed: int, step: int) -> list[int] | list[str] | None:
+        """What the batch of that step holds: indices of training images, names of streamed ones, None of an iterable's."""
+        if isinstance(self.train, data.Batches):
+            return None
+        found = data.Pipeline(self.train, batch_size, seed).index(step)[0].tolist()
+        return [self.train.source.name(i) for i in found] if isinstance(self.train, data.Stream) else found
+
     def on(self, mesh: jax.sharding.Mesh) -> "Task":
         """The same trained on another mesh; its test images stay where they are scored."""
         return dataclasses.replace(self, mesh=mesh)

@@ -1,6 +1,7 @@
 """The teacher: one sandwich-rule step over all its widths, its training, and what is left of it when that ends."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from pwkd_jax.training import (
     sharding,
 )
 from pwkd_jax.training import state as states
+from pwkd_jax.training.non_finite import skipping
 from pwkd_jax.training.sandwich import sandwich_loss
 from pwkd_jax.training.sharding import place
 from pwkd_jax.training.state import State, apply_gradients, rng
@@ -97,14 +99,17 @@ def make_calibration(net: Slimmable, split: data.Split, preprocess, mesh, *, ima
 
 
 def programs(
-    net: Slimmable, task: Task, rule: states.Rule, *, sharding_how: str = "replicated", start: dict | None = None, **sandwich
-) -> tuple[Callable, Callable]:
+    net: Slimmable, task: Task, rule: states.Rule, *, sharding_how: str = "replicated", start: dict | None = None,
+    skip: bool = False, **sandwich
+) -> tuple[Callable, Callable]:  # fmt: skip
     """(creator of the first state from (seed, variables to start from or None), compiled step(state, batch)).
 
-    sharding_how: of parameters and optimiser state, see `sharding.shardings`. start: variables like those to come.
+    sharding_how: of parameters and optimiser state, see `sharding.shardings`. start: variables like those to come. skip: steps
+    that are not finite, see `non_finite.skipping`.
     """
     mesh = task.mesh if sharding_how == "replicated" else None
     step = make_step(net, *rule, task.preprocess, mesh, **sandwich)
+    step = skipping(step) if skip else step
 
     def make(seed, given):
         first = net.spread(given) if given else net.init(jax.random.key(seed), task.image_shape)
@@ -200,6 +205,7 @@ def train_teacher(
     frozen_sharding: str = "replicated",
     profiled: str = "",
     cards: Callable[[float, list[dict]], dict] | None = None,
+    non_finite: str = "stop",
     compiled: tuple[Callable, Callable] | None = None,
 ) -> Teacher:
     """Train all widths of `net` together by the sandwich rule and freeze them.
@@ -211,8 +217,8 @@ def train_teacher(
     metrics(outputs, labels) -> {name: per-image values [B]}, logged for every width. callback(step, state, {name: mean}): after
     every step. directory: where checkpoints and metrics go, and where a stopped run goes on; nothing is kept without one.
     label: '' prints nothing. sharding, frozen_sharding: replicated or fsdp, of the state and of what is frozen. cards(width,
-    rows) -> the card of a sub-network, see `weights`. compiled: of `programs`, to use again. Raises UserError where something
-    does not fit or the loss is not finite.
+    rows) -> the card of a sub-network, see `weights`. non_finite: `stop` at a step whose loss or gradient is not finite, or
+    `skip` and count it. compiled: of `programs`, to use again. Raises UserError where something does not fit or is not finite.
     """
     if not isinstance(net, Slimmable):
         raise UserError(f"net: should come of pwkd_jax.make_slimmable, and this is a {type(net).__name__}")
@@ -222,6 +228,7 @@ def train_teacher(
     arguments.one_of("loss", loss, ("hard", "inplace", "inplace_mix"))
     arguments.one_of("sampling", sampling, ("all", "sandwich"))
     arguments.one_of("reduction", reduction, ("sum", "mean"))
+    arguments.one_of("non_finite", non_finite, ("stop", "skip"))
     images, size = len(task.train), arguments.batch_size(task, batch_size)
     if not compiled:
         arguments.seed(seed)
@@ -233,7 +240,8 @@ def train_teacher(
     rule = states.rule(optimizer, learning_rate, lambda peak: schedules.learning_rate([(0, total)], form="cosine", peak=peak))
     sandwich = {"loss": loss, "sampling": sampling, "subnetworks": subnetworks, "reduction": reduction}
     sandwich |= {"own": arguments.own_metrics(metrics)}
-    create, step = compiled or programs(net, task, rule, sharding_how=sharding, start=start, **sandwich)
+    skip = non_finite == "skip"
+    create, step = compiled or programs(net, task, rule, sharding_how=sharding, start=start, skip=skip, **sandwich)
     calibrate = calibration and calibration.get("images") and make_calibration(
         net, task.train, task.preprocess, task.mesh, **{"batch_size": size, "seed": 0, **calibration}
     )  # fmt: skip
@@ -266,7 +274,7 @@ def train_teacher(
     state, rows = loop.run(
         directory, label, state, [loop.Segment(total, step, lambda s: s)], task.batches(size, seed), evaluate,
         cadence or loop.usual(total, -(-images // size)), images=images, batch_size=size, texts={"parameters": overview},
-        profiled=profiled, callback=callback,
+        profiled=profiled, callback=callback, held=functools.partial(task.held, size, seed),
     )  # fmt: skip
     variables = frozen(state)
     make = cards or (lambda w, rows: task.card(precision.plain(net.members[w]), {"steps": total}))
