@@ -242,6 +242,9 @@ def test_data_that_changed_under_a_workdir_are_named(change, sentence, tmp_path,
     assert re.search(sentence, capsys.readouterr().err)
     assert before == {name: (workdir / name).read_bytes() for name in before}
     assert not (workdir / "students/alone/seed1").exists()
+    if "test split" in sentence:
+        assert evaluate.main([str(workdir / "students/alone/seed0")]) == 0
+        assert "warning: the test split of 'folder' holds other images or labels" in capsys.readouterr().err
 
 
 def test_classes_are_known_by_name(tmp_path, capsys):

@@ -1,7 +1,8 @@
-"""The evidence as a table and a picture, made from results/METHOD.json: summary.json of the experiments as they ended (but for
-data.data_dir, emptied).
+"""The evidence as tables and a picture, made from results/METHOD.json and results/screening/VARIANT.json: summary.json of the
+experiments as they ended (but for data.data_dir, emptied).
 
-    python configs/evidence/page.py                  print the tables in Markdown, as the README has them
+    python configs/evidence/page.py                  print the table of the methods in Markdown, as the README has it
+    python configs/evidence/page.py --screening      that of the screening
     python configs/evidence/page.py --picture FILE   draw them too
 
 A gain is pwkd minus a control, seed by seed; its interval is the 95 % one of Student's t over the seeds.
@@ -72,6 +73,27 @@ def table(found: dict[str, dict]) -> str:
     return "\n".join(rows)
 
 
+def screened() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{variant: (pwkd, kd_whole) by seed} of the screening, the greatest mean gain first."""
+    found = {path.stem: json.loads(path.read_text()) for path in (HERE / "results" / "screening").glob("*.json")}
+    pairs = {
+        # A variant of the stages alone has the kd_whole of `base`.
+        name: (last(summary, "pwkd"), last(summary if "kd_whole" in summary["arms"] else found["base"], "kd_whole"))
+        for name, summary in found.items()
+    }
+    return dict(sorted(pairs.items(), key=lambda item: -(item[1][0] - item[1][1]).mean()))
+
+
+def screening_table() -> str:
+    """Every variant of the screening that ran."""
+    rows = ["| variant | `kd_whole` | `pwkd` | `pwkd` minus `kd_whole` | n |", "|---|---|---|---|---|"]
+    for name, (ours, theirs) in screened().items():
+        mean, half = interval(ours - theirs)
+        between = f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+        rows.append(f"| `{name}` | {theirs.mean():.2f} | {ours.mean():.2f} | {between} | {len(ours)} |")
+    return "\n".join(rows)
+
+
 def picture(found: dict[str, dict], path: Path) -> None:
     """Accuracy of the teacher by width, the students while they train, arms, and gains."""
     kd = found["kd"]
@@ -106,9 +128,10 @@ def picture(found: dict[str, dict], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--screening", action="store_true")
     options = parser.parse_args(arguments)
     found = summaries()
-    print(table(found))
+    print(screening_table() if options.screening else table(found))
     if options.picture:
         picture(found, options.picture)
     return 0

@@ -13,6 +13,7 @@ from pwkd_jax import data, distillers, models, slimmable, stages, weights
 from pwkd_jax.data import soundness
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import channel_order, contract, precision
+from pwkd_jax.reporting.environment import versions
 from pwkd_jax.training import dispatch, loop, record, schedules, sharding, students_together
 from pwkd_jax.training import state as states
 from pwkd_jax.training.evaluation import Evaluator
@@ -99,7 +100,8 @@ class Experiment:
 
     def card(self, model: str, width: float, divisor: int, source: dict) -> dict:
         f = self.facts
-        own = {"experiment": self.config.name, "data": f["name"], "test_split": self.config.data.test_split, **source}
+        own = {"experiment": self.config.name, "data": f["name"], "test_split": self.config.data.test_split,
+               "digests": f["digests"], "made_with": versions(), **source}  # fmt: skip
         card = weights.card(model, width, divisor, f["num_classes"], f["image_shape"], f["mean"], f["std"], own)
         return card | {"classes": f["classes"]}
 

@@ -16,6 +16,7 @@ from pwkd_jax.config import complete
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition
 from pwkd_jax.experiment.workdir import changed_since
+from pwkd_jax.reporting.environment import versions
 from pwkd_jax.training import checkpoints, student
 from pwkd_jax.weights import Network
 
@@ -48,14 +49,15 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
         hint = f"there are {', '.join(inside)} in it" if inside else f"give {kinds}"
         raise UserError(f"{target}: is no run of an experiment; {hint}")
     parts = place.split("/")
-    changed_since(workdir)
+    made = changed_since(workdir)
     try:
         # What older experiments did not set has the default of today.
         config = complete(ConfigDict(json.loads(storage.read(workdir / "config.json"))), (), str(workdir / "config.json"))
         facts = json.loads(storage.read(workdir / "data.json"))
     except ValueError as e:
         raise UserError(f"{workdir}: its config.json or data.json is not whole; give the same training command again") from e
-    source = {"experiment": config.name, "data": facts["name"], "test_split": config.data.test_split, "run": "/".join(parts)}
+    source = {"experiment": config.name, "data": facts["name"], "test_split": config.data.test_split, "run": "/".join(parts),
+              "digests": facts.get("digests", {}), "made_with": {k: made[k] for k in versions() if k in made}}  # fmt: skip
     split = {key: config.data[key] for key in ("name", "data_dir", "test_split")}
     split |= {key: config.data[key] for key in ("image_size", "resize", "pixel_range")}
     read = _teacher if parts[0] == "teacher" else _student
@@ -65,6 +67,7 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
         facts["mean"], facts["std"], source | about.pop("source"),
     )  # fmt: skip
     card["classes"] = split["classes"] = list(facts.get("classes", ()))
+    split["digest"] = facts.get("digests", {}).get("test")
     return Network(found, variables, card | about), split
 
 
@@ -84,7 +87,7 @@ def open_network(target: str | Path, width: float | None = None, model: str | nn
 def known(source: dict, classes: Sequence[str] = ()) -> dict:
     """The data that a card's `source` names, as a config has them, and the names of their classes in the labels' order."""
     return {"name": source.get("data", ""), "data_dir": "", "test_split": source.get("test_split", "test"),
-            "classes": list(classes)}  # fmt: skip
+            "classes": list(classes), "digest": source.get("digests", {}).get("test")}  # fmt: skip
 
 
 def _teacher(target: str, workdir: Path, run: Path, step: int | None, width: float | None, config, facts):

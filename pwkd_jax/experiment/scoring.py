@@ -13,6 +13,7 @@ from pwkd_jax.data import class_names
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import exported, loading
 from pwkd_jax.experiment.definition import other_classes
+from pwkd_jax.training import record
 from pwkd_jax.training.evaluation import predictor, score_predictions
 
 KINDS = f"{loading.KINDS}, or an exported .stablehlo program"
@@ -48,6 +49,9 @@ def evaluate(
     folder = data_dir if data_dir is not None else (own.data["data_dir"] if data is None else "")
     known = own.data if data is None else {}
     images = _split(name, folder, split, own, target, image_size, resize, workers, known)
+    digest = own.data.get("digest") if data is None and split == own.data["test_split"] else None
+    if digest and record.of_split(images) not in (None, digest):
+        print(f"warning: the {split} split of '{name}' holds other images or labels than those of {target}", file=sys.stderr)
     images = _in_order(images, own.data.get("classes", ()), class_names(name, folder, split), target, name)
     if taught and taught.data.get("classes") and own.data.get("classes") and taught.data["classes"] != own.data["classes"]:
         raise UserError(f"--teacher: {teacher} {other_classes(taught.data['classes'], own.data['classes'])}, unlike {target}")

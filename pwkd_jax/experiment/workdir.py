@@ -97,26 +97,32 @@ def settings(workdir: Path) -> dict:
     return dict(leaves(complete(found, (), str(path))))
 
 
-def changed_since(workdir: Path) -> None:
-    """Refuse a workdir of a later version, and warn of one that other versions of pwkd_jax or jax began. Raises UserError."""
+def made_with(workdir: Path) -> dict:
+    """{"format", "version", "pwkd_jax", "jax", ...} of what began a workdir, {} of an older one. Raises UserError."""
     path = workdir / "made_with.json"
     if not storage.exists(path):
-        return
+        return {}
     try:
         made = json.loads(storage.read(path))
-        version = int(made["version"])
+        return made | {"version": int(made["version"])}
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise UserError(f"'{path}' is not whole; give another workdir") from e
-    if version > VERSION:
+
+
+def changed_since(workdir: Path) -> dict:
+    """`made_with`, of a workdir that may be read and added to: refuses one of a later version, and warns of one that other
+    versions of pwkd_jax or jax began. Raises UserError."""
+    made, now = made_with(workdir), environment()
+    if (version := made.get("version", VERSION)) > VERSION:
         raise UserError(
             f"'{workdir}' was laid out by pwkd_jax {made.get('pwkd_jax')}, as version {version}, and this one knows versions "
             f"up to {VERSION}; use that pwkd_jax or a later one"
         )
-    now = environment()
     parts = [name for name in ("pwkd_jax", "jax", "device") if made.get(name, now[name]) != now[name]]
     if parts:
         then = ", ".join(f"{name} {made[name]} (now {now[name]})" for name in parts)
         print(f"warning: '{workdir}' was begun with {then}: what is added may differ from it in the last bits", file=sys.stderr)
+    return made
 
 
 def differences(before: dict, now: dict) -> list[str]:

@@ -9,9 +9,18 @@ from pathlib import Path
 import jax
 
 
+def versions() -> dict[str, str]:
+    """Of pwkd_jax, Python and the packages that results depend on."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "pwkd_jax": sys.modules[__name__.partition(".")[0]].__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
 def environment() -> dict:
     """Versions, device and git commit, as the summary records them."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
     def git(*args: str) -> str | None:
         try:
@@ -22,9 +31,7 @@ def environment() -> dict:
             return None
 
     return {
-        "pwkd_jax": sys.modules[__name__.partition(".")[0]].__version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
+        **versions(),
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "git_commit": git("rev-parse", "HEAD") or "unknown",
