@@ -1,5 +1,8 @@
 """Folders as people have them: litter, deeper folders, odd suffixes, others beside the splits, flat validation images."""
 
+import os
+import zlib
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -127,6 +130,24 @@ def test_a_class_that_training_lacks_is_named(tmp_path):
     )
 
 
+def test_pipes_and_devices_are_never_read(tmp_path, capsys):
+    home = plain(tmp_path)
+    os.mkfifo(home / "train/cat/pipe")
+    (home / "train/cat/pipe.png").symlink_to("pipe")
+    (home / "train/cat/device.png").symlink_to("/dev/zero")
+    assert len(load(home).train) == 6
+    assert "3 files that are no images are left out" in capsys.readouterr().err
+
+
+def test_a_header_of_any_size_is_no_obstacle_to_looking_for_sizes(tmp_path):
+    """Pillow refuses to open it with an error of its own kind."""
+    head = PNG[12:16] + (20000).to_bytes(4, "big") * 2 + PNG[24:29]  # IHDR
+    huge = PNG[:12] + head + zlib.crc32(head).to_bytes(4, "big") + PNG[33:]
+    home = put(plain(tmp_path), "train/cat/huge.png", content=huge)
+    assert not data.many_sizes("folder", str(home))
+    assert "huge.png cannot be decoded (Image size (400000000 pixels) exceeds" in refusal(home)
+
+
 # Flat images with a file of classes.
 
 
@@ -203,3 +224,39 @@ def test_flat_images_whose_classes_nothing_says(tmp_path):
     ):
         put(home, "val/val_annotations.txt", content=text.encode())
         assert sentence in refusal(home, "train", "val")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a b.JPEG big cat\nb.JPEG big", "b.JPEG,big\na b.JPEG,big cat", '"a b.JPEG","big cat"\n"b.JPEG","big"',
+        "a b\tbig cat\t0\t9\nb\tbig\t0\t9",
+     "image,label\na b.JPEG;big cat\nb;big", "big cat\nbig"],
+)  # fmt: skip
+def test_names_that_hold_spaces(tmp_path, text):
+    """Once the first word was the class: of big cat, big."""
+    home = put(plain(tmp_path, ["big", "big cat"], ["train"]), "val/a b.JPEG", "val/b.JPEG")
+    put(home, "val/val_annotations.txt", content=text.encode())
+    assert load(home, "train", "val").test.labels.tolist() == [1, 0]
+
+
+def test_splits_that_all_lie_flat_name_their_classes(tmp_path):
+    home = put(tmp_path, "train/1.png", "train/2.png", "test/1.png", "test/2.png")
+    for split in ("train", "test"):
+        put(home, f"{split}/{split}.csv", content=b"1.png,big cat,3,4\n2.png,big dog,5,6\n")
+    (home / "other/x").mkdir(parents=True)  # without a folder in it, no folder here is a split
+    d = load(home)
+    assert d.classes == ("big cat", "big dog") and d.train.labels.tolist() == [0, 1]
+
+
+def test_an_image_of_two_classes_is_refused(tmp_path):
+    home = put(plain(tmp_path, ["n1", "n2"], ["train"]), "val/a.JPEG")
+    put(home, "val/val_annotations.txt", content=b"a.JPEG n1\na.JPEG n2\n")
+    assert f"gives {home}/val/a.JPEG two classes, 'n1' and 'n2'" in refusal(home, "train", "val")
+
+
+def test_images_that_differ_in_their_suffix_alone(tmp_path):
+    home = put(plain(tmp_path, ["n1", "n2"], ["train"]), "val/a.JPEG", "val/a.png")
+    put(home, "val/val_annotations.txt", content=b"a.png n2\na.JPEG n1\n")
+    assert load(home, "train", "val").test.labels.tolist() == [0, 1]
+    put(home, "val/val_annotations.txt", content=b"a n2\na n1\n")
+    assert "gives no class to" in refusal(home, "train", "val")

@@ -1,7 +1,9 @@
 """Images that lie flat, their classes in a file beside them: ImageNet's validation images and Tiny ImageNet as they unpack."""
 
+import collections
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pwkd_jax.data import image_files
@@ -12,6 +14,7 @@ from pwkd_jax.errors import UserError
 _NAMES = ("{}_annotations.txt", "{}_labels.txt", "{}_labels.csv", "{}.txt", "{}.csv", "LOC_{}_solution.csv", "annotations.txt",
           "annotations.csv", "labels.txt", "labels.csv", "ground_truth.txt", "{}_ground_truth.txt",
           "ILSVRC2012_validation_ground_truth.txt", "imagenet_2012_validation_synset_labels.txt")  # fmt: skip
+_MARKS, _AROUND = re.compile(r"[\s,;]+"), "\"' \t\r"
 _FORMS = "lines of an image's name and its class, or one class for each image in the order of their names"
 
 
@@ -49,48 +52,76 @@ def labels(split: Path, images: Sequence[str], classes: Sequence[str]) -> list[i
     )
 
 
-def classes_named(file: Path) -> list[str]:
-    """The classes that a file of classes names, sorted."""
-    return sorted(set(_last_column(_rows(file))))
+def classes_named(file: Path, images: Sequence[str]) -> list[str]:
+    """The classes that a file of classes names for `images`, or line by line, sorted. After a class may follow numbers, as of a
+    box."""
+    lines, find = _lines(file), _finder(images)
+    named = [rest for path, rest in (_leading(line, find) for line in lines) if path and rest]
+    columns = [re.split(r"[\t,;]", rest)[0].strip(_AROUND) for rest in named or lines]
+    return sorted({re.sub(r"(\s+-?[\d.]+)+$", "", column) for column in columns})
 
 
 def read(file: Path, images: Sequence[str], classes: Sequence[str]) -> list[int]:
     """The label of each of `images`, the place of its class in `classes`.
 
     Classes are names, or numbers from 0 on in the order of `classes`; those of ILSVRC2012's ground truth count from 1, in an
-    order that meta.mat beside the file says. Raises UserError for an image without a class and a class that is none.
+    order that meta.mat beside the file says. Names may hold what else parts them: the longest that is known is taken. Raises
+    UserError for an image without a class or with two, and for a class that is none.
     """
-    rows = _rows(file)
-    given = {}
-    stems = {Path(path).stem: path for path in images}
-    for row in rows:
-        if len(row) > 1 and (path := stems.get(Path(row[0]).stem)):
-            given[path] = row[1]
-    if not given and all(len(row) == 1 for row in rows):
-        if len(rows) != len(images):
-            raise UserError(f"data.data_dir: {file} has {len(rows)} lines for {len(images)} images; it should have {_FORMS}")
-        given = {path: row[0] for path, row in zip(images, rows, strict=True)}
+    lines, find, known = _lines(file), _finder(images), {name: name for name in classes}.get
+    given: dict[str, str] = {}
+    for line in lines:
+        path, rest = _leading(line, find)
+        if path and rest:
+            label = _leading(rest, known)[0] or _MARKS.split(rest)[0].strip(_AROUND)
+            if given.setdefault(path, label) != label:
+                raise UserError(
+                    f"data.data_dir: {file} gives {path} two classes, '{given[path]}' and '{label}'; keep the right line"
+                )
+    if not given and all(known(line) or not _MARKS.search(line) for line in lines):
+        if len(lines) != len(images):
+            raise UserError(f"data.data_dir: {file} has {len(lines)} lines for {len(images)} images; it should have {_FORMS}")
+        given = dict(zip(images, lines, strict=True))
     if without := [path for path in images if path not in given]:
         raise UserError(f"data.data_dir: {file} gives no class to {without[0]}; it should have {_FORMS}")
     return _numbers(file, given, images, classes)
 
 
-def _rows(file: Path) -> list[list[str]]:
+def _lines(file: Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"data.data_dir: {file} cannot be read ({e}); it should have {_FORMS}") from e
-    return [[word.strip("\"'") for word in re.split(r"[\s,;]+", line.strip())] for line in text.splitlines() if line.strip()]
+    return [line.strip(_AROUND) for line in text.splitlines() if line.strip(_AROUND)]
 
 
-def _last_column(rows: list[list[str]]) -> list[str]:
-    return [row[min(1, len(row) - 1)] for row in rows]
+def _finder(images: Sequence[str]) -> Callable[[str], str | None]:
+    """name -> the image that it means: by its file's name, or without a suffix, or with another, where that is one image's."""
+    count = collections.Counter(Path(path).stem for path in images)
+    stems = {Path(path).stem: path for path in images if count[Path(path).stem] == 1}
+    names = {Path(path).name: path for path in images}
+
+    def find(name: str) -> str | None:
+        name = os.path.basename(name)
+        stem, suffix = os.path.splitext(name)
+        return names.get(name) or stems.get(name) or (None if _MARKS.search(suffix) else stems.get(stem))
+
+    return find
+
+
+def _leading(text: str, find: Callable[[str], str | None]) -> tuple[str | None, str]:
+    """(what `find` makes of the longest beginning of `text` that it knows, the rest); a beginning ends where a column may."""
+    for mark in reversed([*_MARKS.finditer(text), None]):
+        end, rest = (mark.start(), text[mark.end() :]) if mark else (len(text), "")
+        if found := find(text[:end].strip(_AROUND)):
+            return found, rest
+    return None, ""
 
 
 def _numbers(file: Path, given: dict[str, str], images: Sequence[str], classes: Sequence[str]) -> list[int]:
     place = {name: label for label, name in enumerate(classes)}
     words = set(given.values())
-    if not words <= place.keys() and all(word.isdecimal() for word in words):
+    if not words <= place.keys() and all(word.isdecimal() and len(word) < 10 for word in words):
         numbers = {int(word) for word in words}
         if (file.parent / "meta.mat").is_file():
             names = _meta(file.parent / "meta.mat")

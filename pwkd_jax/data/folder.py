@@ -128,8 +128,8 @@ def _classes_beside(root: Path, flat: dict[str, list[str]]) -> list[str]:
     """The classes of splits that all lie flat: the folders of the split `train`, or what their files name."""
     if "train" in _splits(root) and not _is_flat(root / "train"):
         return sorted(p.name for p in image_files.folders(root / "train"))
-    files = [file for name in flat if (file := annotations.find(root / name))]
-    return sorted({name for file in files for name in annotations.classes_named(file)})
+    files = {file: flat[name] for name in flat if (file := annotations.find(root / name))}
+    return sorted({name for file, images in files.items() for name in annotations.classes_named(file, images)})
 
 
 def _flat(split: Path, images: list[str], classes: list[str]) -> Files:
@@ -178,7 +178,7 @@ def many_sizes(found: dict[str, Files]) -> bool:
     """Whether the headers of the files, as far as they are images, give more than one size."""
     sizes = set()
     for path in (path for files in found.values() for path in files._paths):
-        with contextlib.suppress(OSError), PIL.Image.open(path) as image:
+        with contextlib.suppress(Exception), PIL.Image.open(path) as image:  # Pillow's readers raise of everything
             sizes.add(image.size)
         if len(sizes) > 1:
             return True

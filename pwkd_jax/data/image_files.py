@@ -61,7 +61,8 @@ def below(folder: Path, _above: Sequence[str] = ()) -> tuple[list[str], list[str
 
 
 def _is_image(entry: os.DirEntry) -> bool:
-    if not (entry.is_file() or entry.is_symlink()):  # sockets and pipes, of which reading would wait
+    # Neither sockets nor pipes, of which reading would wait, nor links to them.
+    if not entry.is_file() and not (entry.is_symlink() and not os.path.exists(entry.path)):
         return False
     if os.path.splitext(entry.name)[1].lower() in SUFFIXES:
         return True
