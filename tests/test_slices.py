@@ -75,7 +75,8 @@ def test_every_source_has_it(tmp_path, ordered):
 @pytest.mark.parametrize(
     "spec",
     ["stratified(train)", "stratified(train, 80)", "stratified(train, 120%)", "stratified(train, 50%:20%)", "stratified train",
-     "stratified(train, 80%, seed=x)", "stratified(, 80%)", "stratified(train, :)", "stratified(train, 50% 60%)"],
+     "stratified(train, 80%, seed=x)", "stratified(, 80%)", "stratified(train, :)", "stratified(train, 50% 60%)",
+     "stratified(train, 50%, seed=99999999999999999999)"],
 )  # fmt: skip
 def test_malformed_parts(spec):
     with pytest.raises(UserError, match=r"^data.train_split: '.*' is not a part of each class; write stratified\(train, 80%\)"):

@@ -10,6 +10,30 @@ from pwkd_jax.errors import UserError
 from pwkd_jax.models import precision
 from pwkd_jax.training import profile, schedules, students_together
 
+# Far above what anybody means, and finite as a float32.
+MOST = 1e30
+
+
+# Lists that hold names; all others hold numbers.
+NAMES = ("arms", "student.reset")
+
+
+def check_kinds(config: ConfigDict) -> None:
+    """Raise a UserError for the first number that nobody means, and for a list that holds what it should not."""
+    for key, value in leaves(config):
+        right = ""
+        if isinstance(value, tuple) and key in NAMES and not all(isinstance(v, str) for v in value):
+            right = "a list of names, as in pwkd,alone"
+        elif isinstance(value, tuple) and key not in NAMES and not key.startswith("student.distiller."):
+            if not all(type(v) in (int, float) and abs(v) <= MOST for v in value):
+                right = "a list of numbers, as in (0.5,1.0)"
+        elif type(value) is int and abs(value) >= 2**31:
+            right = "a whole number below 2^31"
+        elif type(value) is float and not abs(value) <= MOST:
+            right = "a number within 1e30"
+        if right:
+            raise UserError(f"{key}: {value!r} is not possible; it should be {right}")
+
 
 def check(config: ConfigDict) -> None:
     """Raise a UserError for the first value that cannot be, or contradicts another; compiles and reads nothing."""
@@ -23,10 +47,7 @@ def check(config: ConfigDict) -> None:
     def one_of(key: str, values: Sequence[str]) -> None:
         need(key, dict(leaves(config))[key] in values, "one of " + ", ".join(v or "''" for v in values))
 
-    def numbers(key: str) -> None:
-        values = dict(leaves(config))[key]
-        need(key, all(type(v) in (int, float) for v in values), "a list of numbers, as in (0.5,1.0)")
-
+    check_kinds(config)
     need("seeds", c.seeds >= 0, "0 (teachers alone) or more")
     need("seed", 0 <= c.seed < 2**31, "between 0 and 2^31 - 1")
     need("arms", bool(c.arms) and len(set(c.arms)) == len(c.arms), "a list of different arms")
@@ -49,16 +70,12 @@ def check(config: ConfigDict) -> None:
     need("data.num_classes", c.data.num_classes >= 0, "0 (as the data set says) or its number of classes")
     need("data.crop_padding", c.data.crop_padding >= 0, "0 or more pixels")
     need("data.pixel_range", not c.data.pixel_range or c.data.name == "folder", "() unless data.name is 'folder'")
-    for key in ("data.pixel_range", "data.mean", "data.std", "teacher.widths", "teacher.pool", "student.widths",
-                "student.stage_shares", "teacher.schedule.milestones", "student.schedule.milestones"):  # fmt: skip
-        numbers(key)
     need("data.pixel_range", len(set(c.data.pixel_range)) == len(c.data.pixel_range) in (0, 2),
          "() or the values of black and of white, as in (0,4095)")  # fmt: skip
     need("data.std", len(c.data.std) == len(c.data.mean), "one number for each channel, given together with data.mean")
     data.check_normalisation(c.data.mean, c.data.std, "data.mean", "data.std")
 
     d = c.data
-    numbers("data.scale")
     need("data.image_size", d.image_size >= 0, "0 (of one size, in RAM) or the pixels each way of streamed images")
     need("data.scale", len(d.scale) == 2 and 0 < d.scale[0] <= d.scale[1] <= 1,
          "the smallest and the largest part of the area, as in (0.08,1.0)")  # fmt: skip
@@ -72,7 +89,10 @@ def check(config: ConfigDict) -> None:
         need("student.same_crop", s.same_crop, "true where data.image_size streams images, which come cropped to both")
 
     for key, widths in (("teacher.widths", t.widths), ("teacher.pool", t.pool)):
-        need(key, all(0 < w <= 1 for w in widths) and len(set(widths)) == len(widths), "different widths in (0, 1]")
+        need(key, all(0 < w <= 1 for w in widths), "different widths in (0, 1]")
+        # As they are written: 0.5 and 0.5000001 would have one name, and one file.
+        need(key, len({f"{w:g}" for w in (*widths, *t.widths)}) == len({*widths, *t.widths}) and len({*widths}) == len(widths),
+             "different widths in (0, 1], which differ in six digits")  # fmt: skip
     need("teacher.widths", bool(t.widths), "at least one width")
     one_of("teacher.order", ("bn_scale", "l1", "none"))
     one_of("teacher.execution", ("take", "mask"))
@@ -135,14 +155,16 @@ def check(config: ConfigDict) -> None:
         need(f"{who}.batch_size", g.batch_size >= 1, "at least 1")
         need(f"{who}.batch_size", not c.batch_norm_group or g.batch_size % c.batch_norm_group == 0,
              f"a multiple of batch_norm_group, which is {c.batch_norm_group}")  # fmt: skip
-        schedules.steps(g.duration, f"{who}.duration", batch_size=1, images=1)
-        warmup = schedules.steps(r.warmup, f"{who}.schedule.warmup", batch_size=1, images=1, total=1, zero=True)
+        schedules.steps(g.duration, f"{who}.duration", batch_size=g.batch_size, images=1)
+        warmup = schedules.steps(
+            r.warmup, f"{who}.schedule.warmup", batch_size=g.batch_size, images=1, total=1, zero=True
+        )  # fmt: skip
         rising = sorted(_forms(who, r) & {*schedules.RISING})
         need(f"{who}.schedule.warmup", not (warmup and rising),
              f"'0 epochs' where a cycle's form is {' or '.join(rising)}, which rises by itself")  # fmt: skip
     need("evaluation.batch_size", c.evaluation.batch_size >= 1, "at least 1")
     for key in ("evaluation", "checkpoint", "log"):
-        schedules.steps(config[key].every, f"{key}.every", batch_size=1, images=1, total=100)
+        schedules.steps(config[key].every, f"{key}.every", batch_size=s.batch_size, images=1, total=100)
 
     for key, name in (("teacher.model", t.model), ("student.model", s.model)):
         try:

@@ -40,6 +40,8 @@ def load(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     for override in overrides:
         if (key := _key(override)) not in known:
             raise UserError(f"--config.{key}: {_unknown(key, config)}")
+        if isinstance(known[key], tuple) and override.partition("=")[2].lstrip().startswith("{"):  # a set keeps no order
+            raise UserError(f"{override}: the key takes a list, as in --config.{key}={known[key]!r}")
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["train", *overrides])

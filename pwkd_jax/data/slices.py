@@ -40,11 +40,11 @@ def stratified(key: str, spec: str) -> Stratified | None:
     match = _STRATIFIED.fullmatch(spec)
     if match and (match[2] or match[4]) and (match[3] or not match[4]):
         start, stop = (float(match[2] or 0), float(match[4] or 100)) if match[3] else (0.0, float(match[2]))
-        if 0 <= start < stop <= 100:
+        if 0 <= start < stop <= 100 and int(match[5] or 0) < 2**63:
             return Stratified(match[1], start / 100, stop / 100, int(match[5] or 0))
     raise UserError(
         f"{key}: '{spec}' is not a part of each class; write stratified(train, 80%), stratified(train, 80%:) for the rest, or "
-        "stratified(train, 20%:40%, seed=1), from 0% to 100%"
+        "stratified(train, 20%:40%, seed=1), from 0% to 100% and a seed below 2^63"
     )
 
 

@@ -69,9 +69,9 @@ def _import(path: str) -> Callable[..., Any]:
     module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
+    except Exception as e:  # of a module of someone's own, which may fail in any way
         raise UserError(
-            f"'{path}' cannot be imported ({e}): it should be importable.module:Name, found from where you run"
+            f"'{path}' cannot be imported ({reason(e)}): it should be importable.module:Name, found from where you run"
         ) from e
 
 

@@ -42,6 +42,8 @@ def steps(duration: str, key: str, *, batch_size: int, images: int, total: int =
         raise UserError(f"{key}: '{duration}' is not a duration: write a number above 0 and a unit, as in {known}")
     if unit == "%" and not total:
         raise UserError(f"{key}: '{duration}' cannot be a percentage, for it sets the whole; use epochs, steps or examples")
+    if count * units[unit] >= 2**31:  # that of the step is an int32
+        raise UserError(f"{key}: '{duration}' is {count * units[unit]:g} steps; give fewer than 2^31")
     return max(1, round(count * units[unit]))
 
 
