@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pwkd_jax.errors import UserError
 
@@ -64,6 +64,43 @@ def append(path: Path) -> IO[str]:
 def read(path: Path) -> str:
     """The text of a file. Raises OSError, and UnicodeDecodeError where it is not UTF-8."""
     return path.read_text(encoding="utf-8")
+
+
+def record(path: Path, shape: Any) -> Any:
+    """The JSON of a file, which has at least what `shape` says: {key: shape} ("key?" may be absent, "*" is every key), [shape
+    of each], float (a finite number), int, str, bool, object (anything), None, or a tuple of those that are possible. Raises
+    UserError naming the file and what is wrong in it."""
+    try:
+        value = json.loads(read(path))
+    except (OSError, ValueError, RecursionError) as e:
+        reason = e.strerror if isinstance(e, OSError) else str(e).partition("\n")[0]
+        raise UserError(f"'{path}' is not whole ({reason}); bring it back as it was written") from e
+    if fault := misfit(value, shape):
+        raise UserError(f"'{path}' is not as it was written: {fault}; bring it back, or make it anew")
+    return value
+
+
+def misfit(value: Any, shape: Any, where: str = "") -> str:
+    """What keeps plain data from having the shape that `record` describes, as a phrase; '' where it has it."""
+    if isinstance(shape, tuple):
+        faults = [misfit(value, one, where) for one in shape]
+        return "" if "" in faults else faults[0]
+    if isinstance(shape, dict) and isinstance(value, dict):
+        wanted = {key.removesuffix("?"): inner for key, inner in shape.items() if key != "*"}
+        if lacks := [key for key in shape if key != "*" and key[-1] != "?" and key not in value]:
+            return f"it lacks '{where}{lacks[0]}'"
+        inside = {key: wanted.get(key, shape.get("*", object)) for key in value}
+        return next((f for key, inner in inside.items() if (f := misfit(value[key], inner, f"{where}{key}."))), "")
+    if isinstance(shape, list) and isinstance(value, list):
+        return next((f for i, x in enumerate(value) if (f := misfit(x, shape[0], f"{where}{i}."))), "")
+    kind = type(value)
+    right = shape is object or value is shape is None or kind is shape or (kind is int and shape is float)
+    if right and (not isinstance(value, (int, float)) or shape is object or abs(value) < 2**1023):
+        return ""
+    names = {float: "a number", int: "a whole number", str: "text", bool: "true or false", None: "null"}
+    what = names[shape] if not isinstance(shape, (dict, list)) else "a list" if isinstance(shape, list) else "an object"
+    name = f"'{where[:-1]}'" if where else "it"
+    return f"{name} is {value!r:.40}, not {what}"
 
 
 def read_bytes(path: Path) -> bytes:
@@ -126,7 +163,8 @@ def lock(path: Path) -> Iterator[None]:
             except BlockingIOError:
                 file.seek(0)
                 try:
-                    raise Held(json.loads(file.read())) from None
+                    holder = json.loads(file.read())
+                    raise Held({} if misfit(holder, {"host": str, "pid": int, "since": str}) else holder) from None
                 except ValueError:
                     raise Held({}) from None
             file.seek(0)

@@ -290,7 +290,9 @@ def test_training_starts_from_given_weights_in_order(run, tmp_path):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (["teacher.weights=nowhere.safetensors"], r"nowhere\.safetensors: there is no such file"),
+        (["teacher.weights=nowhere.safetensors"], r"teacher\.weights: nowhere\.safetensors: there is no such file"),
+        (["student.weights=x"], r"student\.weights: x: is no \.safetensors file"),
+        (["teacher.divisor=8"], r"teacher\.model: the model 'test_training:Tiny' has no 'divisor'"),
         (["teacher.weights={width_1}", "data.mean=(0.9,)", "data.std=(0.2,)"], r"by another mean; set data\.mean=\(0\."),
         (["student.weights={width_1}"], r"student\.weights: .*width_1.* does not fit .*Tiny': batch_stats/bn/mean is \[8\]"),
         (["teacher.weights={width_1}", "teacher.widths=(0.25,0.5)"], r"those of width 1, which should then be one of teacher"),
@@ -551,7 +553,7 @@ def test_runs_that_were_moved_or_torn(run, tmp_path, capsys):
     (work / "config.json").write_text(json.dumps(kept))
     assert loading.load(str(student))[0].card["model"] == "test_training:Tiny"
     (work / "config.json").write_text(json.dumps(kept)[:99])
-    assert "is not whole; give the same training command again" in error(evaluate.main, student, capsys=capsys)
+    assert "config.json' is not whole (" in error(evaluate.main, student, capsys=capsys)
 
 
 @pytest.mark.parametrize("card", ["{", "[]", '{"source": null}'])

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 
 from pwkd_jax import storage
@@ -108,19 +109,22 @@ class Records:
         paths = self._cache()
         for path in paths:
             try:
-                labels = np.load(path, allow_pickle=False)
-            except (OSError, ValueError, EOFError):
+                kept, checksum = storage.read_bytes(path)[:-4], storage.read_bytes(path)[-4:]
+            except OSError:
                 continue
-            if labels.shape == (len(self),) and labels.dtype == np.int32:
-                return labels
+            if checksum == google_crc32c.value(kept).to_bytes(4, "little"):
+                return np.load(io.BytesIO(kept), allow_pickle=False)
         print(f"reading the labels of {len(self)} images once, from {self._directory}", file=sys.stderr)
-        labels = np.empty(len(self), np.int32)
+        labels, whole = np.empty(len(self), np.int32), True
         for start in range(0, len(self), _CHUNK):
             indices = range(start, min(start + _CHUNK, len(self)))
-            labels[start : start + len(indices)] = [label for _, label in self.read(indices)]
+            found = self.read(indices)
+            labels[start : start + len(indices)] = [label for _, label in found]
+            whole = whole and not any(isinstance(encoded, Unreadable) for encoded, _ in found)
         content = io.BytesIO()
         np.save(content, labels)
-        for path in paths:
+        content.write(google_crc32c.value(content.getvalue()).to_bytes(4, "little"))
+        for path in paths if whole else ():  # those of unreadable records are not known
             try:
                 storage.replace(path, content.getvalue())
                 break
@@ -129,7 +133,8 @@ class Records:
         return labels
 
     def _cache(self) -> list[Path]:
-        digest = hashlib.sha256(repr((self._directory, self._ranges)).encode())
+        # The name says how it is laid out: labels, then their CRC-32C.
+        digest = hashlib.sha256(repr(("crc32c", self._directory, self._ranges)).encode())
         for split in sorted({s for s, _, _ in self._ranges}):
             for path in map(Path, self._builder.info.splits[split].filepaths):
                 stat = path.stat()

@@ -1,15 +1,16 @@
 """What all runs of an experiment share: read, built and checked by shapes alone before anything is trained or written."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
-from pwkd_jax import data, distillers, models, slimmable, stages, weights
+from pwkd_jax import data, distillers, models, slimmable, stages, storage, weights
 from pwkd_jax.data import soundness
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import channel_order, contract, precision
@@ -18,6 +19,17 @@ from pwkd_jax.training import dispatch, loop, record, schedules, sharding, stude
 from pwkd_jax.training import state as states
 from pwkd_jax.training.evaluation import Evaluator
 from pwkd_jax.training.task import Task
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """UserErrors of the block, but for those of a width, with the config's key that led to them before their sentence."""
+    try:
+        yield
+    except models.WidthError:
+        raise
+    except UserError as e:
+        raise UserError(f"{key}: {e}") from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +133,29 @@ def data_facts(dataset: data.Dataset, mean: Sequence[float], std: Sequence[float
     }
 
 
+_FACTS = {"name": str, "train_images": int, "test_images": int, "num_classes": int, "image_shape": [int], "mean": [float],
+          "std": [float], "classes?": [str], "digests?": {}}  # fmt: skip
+
+
+def read_facts(path: Path) -> dict:
+    """The facts in a workdir's data.json. Raises UserError where they are not whole, or contradict each other."""
+    facts = storage.record(path, _FACTS)
+    shape, classes = facts["image_shape"], facts["num_classes"]
+    sizes = len(shape) == 3 and all(0 < n <= 2**16 for n in shape) and 0 < classes < 2**24 and facts["train_images"] > 0
+    named = len(facts.get("classes", ())) in (0, classes)
+    if not sizes or not named or not len(facts["mean"]) == len(facts["std"]) == shape[2]:
+        raise UserError(f"'{path}' is not as it was written: its numbers do not fit each other; bring it back")
+    return facts
+
+
 def networks(config: ConfigDict, facts: dict) -> tuple[dict[str, slimmable.Slimmable], nn.Module]:
     """({name: teacher}, student) of a config, built and checked by shapes alone, computed as it says. Raises UserError."""
     c, shape, classes = config, tuple(facts["image_shape"]), facts["num_classes"]
 
     def family(width: float) -> nn.Module:
         options = {"divisor": c.teacher.divisor, "zero_gamma": c.teacher.zero_gamma}
-        return models.create(c.teacher.model, width=width, num_classes=classes, **options)
+        with naming("teacher.model"):
+            return models.create(c.teacher.model, width=width, num_classes=classes, **options)
 
     # Built even where no arm needs it: a width that does not fit is a mistake in the config all the same.
     nets = {"slimmable": slimmable.build(
@@ -135,7 +163,8 @@ def networks(config: ConfigDict, facts: dict) -> tuple[dict[str, slimmable.Slimm
         pool=c.teacher.pool, num_classes=classes,
     )}  # fmt: skip
     nets["standard"] = slimmable.build(family, (1.0,), shape, num_classes=classes)
-    pupil = models.create(c.student.model, width=c.student.width, num_classes=classes)
+    with naming("student.model"):
+        pupil = models.create(c.student.model, width=c.student.width, num_classes=classes)
     try:
         contract.check(pupil, shape, "student.model", classes)
     except models.WidthError as e:
@@ -198,7 +227,8 @@ def other_classes(known: Sequence[str], given: Sequence[str]) -> str:
 def _given(config: ConfigDict, facts: dict, who: str, model: nn.Module) -> dict:
     """The variables in the file of `who`.weights. Raises UserError where they do not fit this experiment."""
     c = config[who]
-    variables, card = weights.read(Path(c.weights), c.model)
+    with naming(f"{who}.weights"):
+        variables, card = weights.read(storage.local(f"{who}.weights", c.weights), c.model)
     like = models.abstract(model, tuple(facts["image_shape"]))
     weights.refuse_misfits(f"{who}.weights: {c.weights}", c.model, weights.mismatches(variables, like))
     if (theirs := card.get("classes")) and facts.get("classes") and theirs != facts["classes"]:

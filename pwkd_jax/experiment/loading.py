@@ -1,6 +1,5 @@
 """What training left, from whatever names it: a run's directory, one of its checkpoints, or a file of weights."""
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -8,14 +7,12 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
-from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from pwkd_jax import slimmable, stages, storage, weights
-from pwkd_jax.config import complete
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition
-from pwkd_jax.experiment.workdir import changed_since
+from pwkd_jax.experiment.workdir import changed_since, config_of
 from pwkd_jax.reporting.environment import versions
 from pwkd_jax.training import checkpoints, student
 from pwkd_jax.weights import Network
@@ -50,12 +47,7 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
         raise UserError(f"{target}: is no run of an experiment; {hint}")
     parts = place.split("/")
     made = changed_since(workdir)
-    try:
-        # What older experiments did not set has the default of today.
-        config = complete(ConfigDict(json.loads(storage.read(workdir / "config.json"))), (), str(workdir / "config.json"))
-        facts = json.loads(storage.read(workdir / "data.json"))
-    except ValueError as e:
-        raise UserError(f"{workdir}: its config.json or data.json is not whole; give the same training command again") from e
+    config, facts = config_of(workdir), definition.read_facts(workdir / "data.json")
     source = {"experiment": config.name, "data": facts["name"], "test_split": config.data.test_split, "run": "/".join(parts),
               "digests": facts.get("digests", {}), "made_with": {k: made[k] for k in versions() if k in made}}  # fmt: skip
     split = {key: config.data[key] for key in ("name", "data_dir", "test_split")}
@@ -102,6 +94,7 @@ def _teacher(target: str, workdir: Path, run: Path, step: int | None, width: flo
         if not storage.exists(path):
             raise UserError(f"{target}: this teacher's training has not ended; name one of its checkpoints, or train on")
         variables, card = weights.read(path, c.model)
+        weights.refuse_another(path, card, c.model, width, facts)
         return net.members[width], variables, about | {"source": card["source"]}
     if c.calibration.images:
         raise UserError(f"{target}: its batch norm is calibrated when training ends; name the finished run instead")
@@ -154,4 +147,4 @@ def _checkpoint(run: Path, step: int) -> dict:
     except checkpoints.Damaged:
         raise
     except Exception as e:  # Orbax and TensorStore raise of everything
-        raise UserError(f"{path}: is not a whole checkpoint ({str(e).splitlines()[0]})") from e
+        raise checkpoints.Damaged(path, e) from e

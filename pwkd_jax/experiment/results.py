@@ -7,14 +7,29 @@ from pathlib import Path
 import numpy as np
 
 from pwkd_jax import storage
+from pwkd_jax.errors import UserError
 from pwkd_jax.training import distributed, preemption
 
 
-def result(directory: Path) -> dict | None:
-    """What a finished run left, or None: then it is this run's turn. Raises Preempted between runs."""
+def result(directory: Path, shape: dict, **own: object) -> dict | None:
+    """What a finished run left, or None: then it is this run's turn. Raises Preempted between runs.
+
+    shape: `summary.TEACHER` or `STUDENT`. own: what it has to say of itself. Raises UserError where it does not.
+    """
     preemption.check()
     path = directory / "result.json"
-    return distributed.decide(lambda: json.loads(storage.read(path)) if storage.exists(path) else None)
+
+    def read() -> dict | None:
+        if not storage.exists(path):
+            return None
+        found = storage.record(path, shape)
+        for key, value in json.loads(json.dumps(own)).items():
+            if found[key] != value:
+                was = f"whose {key} is {found[key]!r:.80} and not {value!r:.80}"
+                raise UserError(f"'{path}' is another run's, {was}; bring it back, or make it anew")
+        return found
+
+    return distributed.decide(read)
 
 
 def point(row: dict) -> dict:

@@ -15,10 +15,10 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from pwkd_jax.experiment import results, shared_teachers
+from pwkd_jax.experiment import shared_teachers
 from pwkd_jax.experiment.definition import Experiment, prepare
 from pwkd_jax.experiment.students import students
-from pwkd_jax.experiment.teachers import cost, teach
+from pwkd_jax.experiment.teachers import cost, finished, teach
 from pwkd_jax.experiment.workdir import claim, held
 from pwkd_jax.reporting import summary as reporting
 from pwkd_jax.reporting.environment import environment
@@ -44,7 +44,7 @@ def _run(experiment: Experiment, plans: dict, wanted: list[str], distillations: 
     config = experiment.config
 
     taught = {name: functools.cache(functools.partial(teach, experiment, workdir, name)) for name in wanted}
-    teacher_results = {name: results.result(workdir / "teacher" / name) or taught[name]()[1] for name in wanted}
+    teacher_results = {name: finished(experiment, workdir, name) or taught[name]()[1] for name in wanted}
     for line in reporting.gates(teacher_results, {}):
         print(f"warning: {line}")
     learnt = []

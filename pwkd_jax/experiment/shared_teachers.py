@@ -4,7 +4,6 @@ What its training left is copied, so the borrowing workdir is whole: evaluate, e
 was trained there. A student learns the very same bits from either.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def check(config: ConfigDict, facts: dict, names: Iterable[str]) -> None:
     if not run:
         return
     try:
-        lender, known = settings(Path(run)), json.loads(storage.read(Path(run) / "data.json"))
+        lender, known = settings(Path(run)), storage.record(Path(run) / "data.json", {"digests?": {}})
     except (OSError, ValueError, UserError) as e:
         why = e if isinstance(e, UserError) else type(e).__name__
         raise UserError(f"teacher.run: '{run}' is not a workdir of pwkd_jax.train ({why})") from e

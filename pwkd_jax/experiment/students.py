@@ -11,6 +11,7 @@ from clu import parameter_overview
 from pwkd_jax import distillers, stages, storage
 from pwkd_jax.experiment import programs, results
 from pwkd_jax.experiment.definition import Experiment
+from pwkd_jax.reporting import summary
 from pwkd_jax.training import distributed, preemption, schedules, students_together
 from pwkd_jax.training import state as states
 from pwkd_jax.training.checkpoints import Checkpoints
@@ -71,7 +72,8 @@ def students(
     """
     c, directory = experiment.config, workdir / "students" / arm
     seeds = range(c.seed, c.seed + c.seeds)
-    found = {seed: results.result(directory / f"seed{seed}") for seed in seeds}
+    own = {"arm": arm, "plan": [stage._asdict() for stage in plan]}
+    found = {seed: results.result(directory / f"seed{seed}", summary.STUDENT, seed=seed, **own) for seed in seeds}
     pending = [seed for seed in seeds if found[seed] is None]
     several = experiment.several(len(pending))
     groups = [pending] if several else [[seed] for seed in pending]

@@ -8,9 +8,11 @@ from pathlib import Path
 import flax.linen as nn
 
 from pwkd_jax import slimmable, weights
+from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import programs, results, shared_teachers
 from pwkd_jax.experiment.definition import Experiment
 from pwkd_jax.models import costs
+from pwkd_jax.reporting import summary
 from pwkd_jax.training import distributed, schedules
 from pwkd_jax.training import teacher as training
 from pwkd_jax.training.teacher import Teacher
@@ -21,9 +23,11 @@ def teach(experiment: Experiment, workdir: Path, name: str) -> tuple[Teacher, di
     c, net, directory = experiment.config.teacher, experiment.teachers[name], workdir / "teacher" / name
     if c.run:
         distributed.decide(lambda: shared_teachers.copy(Path(c.run), workdir, name))
-    if result := results.result(directory):
+    if result := finished(experiment, workdir, name):
         likes = {w: net.likes[w] for w in net.table}
         found = weights.read_widths(directory, likes, lambda path, w: weights.read(path, c.model))
+        for w, (_, card) in found.items():
+            weights.refuse_another(weights.width_path(directory, w), card, c.model, w, experiment.facts)
         variables = experiment.place({w: v for w, (v, _) in found.items()}, experiment.config.student.teacher_sharding)
         return Teacher(net, variables, {w: card for w, (_, card) in found.items()}), result
     if name == "standard" and name in experiment.start:
@@ -56,6 +60,15 @@ def teach(experiment: Experiment, workdir: Path, name: str) -> tuple[Teacher, di
     }
     _keep(taught, directory, result)
     return taught, result
+
+
+def finished(experiment: Experiment, workdir: Path, name: str) -> dict | None:
+    """The result.json of a teacher that is trained already, or None. Raises UserError where it is another's."""
+    directory = workdir / "teacher" / name
+    found = results.result(directory, summary.TEACHER, model=experiment.config.teacher.model)
+    if found and sorted(row["width"] for row in found["widths"]) != sorted(experiment.teachers[name].table):
+        raise UserError(f"'{directory / 'result.json'}' is another run's, of other widths; bring it back, or make it anew")
+    return found
 
 
 def _given(experiment: Experiment, directory: Path) -> tuple[Teacher, dict]:

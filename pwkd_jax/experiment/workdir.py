@@ -10,8 +10,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from pwkd_jax import storage
-from pwkd_jax.config import complete, leaves
+from pwkd_jax.config import check_kinds, complete, leaves
 from pwkd_jax.errors import UserError
+from pwkd_jax.models import reason
 from pwkd_jax.reporting.environment import environment
 from pwkd_jax.training import distributed
 
@@ -67,10 +68,7 @@ def claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
             )
     known = workdir / "data.json"
     if storage.exists(known):
-        try:
-            before = json.loads(storage.read(known))
-        except ValueError as e:
-            raise UserError(f"--workdir: '{known}' is not whole; give another workdir") from e
+        before = storage.record(known, {"digests?": {}})
         if changed := differences(before, facts):
             raise UserError(
                 f"--workdir: '{workdir}' holds runs of other data: {'; '.join(changed[:3])}; give another workdir, or the data "
@@ -89,12 +87,21 @@ def settings(workdir: Path) -> dict:
     """{dotted key: value} of the config in a workdir; keys that are newer than it have the default, which is what it did.
 
     Raises UserError where it is not whole, or has a key that this version no longer knows."""
+    return dict(leaves(config_of(workdir)))
+
+
+def config_of(workdir: Path) -> ConfigDict:
+    """The same as a config."""
     path = workdir / "config.json"
     try:
-        found = ConfigDict(json.loads(storage.read(path)))
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"'{path}' is not whole") from e
-    return dict(leaves(complete(found, (), str(path))))
+        config = complete(ConfigDict(storage.record(path, {})), (), str(path))
+    except (TypeError, ValueError, AttributeError, KeyError) as e:  # groups that are none, names with dots
+        raise UserError(f"'{path}' is not as it was written ({reason(e)}); bring it back") from e
+    try:
+        check_kinds(config)
+    except UserError as e:
+        raise UserError(f"'{path}' is not as it was written: {e}; bring it back") from e
+    return config
 
 
 def made_with(workdir: Path) -> dict:
@@ -105,7 +112,7 @@ def made_with(workdir: Path) -> dict:
     try:
         made = json.loads(storage.read(path))
         return made | {"version": int(made["version"])}
-    except (OSError, ValueError, TypeError, KeyError) as e:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
         raise UserError(f"'{path}' is not whole; give another workdir") from e
 
 

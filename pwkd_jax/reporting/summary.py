@@ -42,7 +42,26 @@ from pwkd_jax.reporting import phrases
 
 FORMAT, VERSION = "pwkd_jax.summary", 1
 ORDER = ("alone", "kd_standard", "kd_whole", "kd_whole_cyclic", "pwkd", "pwkd_reversed", "pwkd_random")
-KEYS = ("name", "config", "environment", "data", "teachers", "student", "runs", "arms", "gain", "warnings", "seconds")
+
+# The schema above, and what result.json of a teacher and of a student holds, as `storage.record` compares it.
+_PLAN, _STAT = [{"teacher": str, "widths": [float], "start": int, "end": int}], {"mean": float, "std": (float, None), "n": int}
+_EFFORT = {"seconds": float, "images_per_second": float}
+_POINT = {"step": int, "epoch": float, "learning_rate": object, "train_loss": object}
+_TOP1 = {"top1_last": float, "top1_best": float}
+TEACHER = {"model": str, "widths": [{"width": float, "params": int, "macs": int, **_TOP1}],
+           "curve": [{**_POINT, "top1": {"*": float}}], "steps": int, "epochs": float, **_EFFORT}  # fmt: skip
+STUDENT = {"arm": str, "seed": int, **_TOP1, "plan": _PLAN, "cycles": [[int]], "stage_ends": [float],
+           "ensemble": [{"members": int, "top1": float}], "curve": [{**_POINT, "top1": float}], "learning_rates": [[float]],
+           **_EFFORT}  # fmt: skip
+_ARM = {"plan": _PLAN, "cycles": [[int]], "runs": [{"seed": int, **_TOP1}], "top1_last": _STAT, "top1_best": _STAT,
+        "stage_ends": [_STAT], "ensemble": ({"members": int, **_STAT}, None)}  # fmt: skip
+_DIFFERENCE = ({**_STAT, "against": str, "per_seed": {"*": float}, "note": (str, None)}, None)
+SHAPE = {
+    "name": str, "config": {}, "environment": {}, "teachers": {"*": TEACHER}, "runs": [STUDENT], "arms": {"*": _ARM},
+    "data": {"name": str, "train_images": int, "test_images": int, "num_classes": int, "image_shape": [int]},
+    "student": {"model": str, "params": int, "macs": int}, "ensemble_members": int, "warnings": [str], "seconds": float,
+    "gain": {"partial_to_whole": _DIFFERENCE, "reason": (str, None), "over_kd_standard": _DIFFERENCE},
+}  # fmt: skip
 
 
 def build(
@@ -108,21 +127,39 @@ def read(path: str | os.PathLike) -> dict:
         ) from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error}): give a summary.json as training wrote it") from None
     if not isinstance(summary, dict) or summary.get("format") != FORMAT:
         raise UserError(f'{file} is not a summary: its "format" should be "{FORMAT}"')
     version = summary.get("version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise UserError(f'{file} has version {version!r}: its "version" should be a whole number from 1 to {VERSION}')
     if version > VERSION:
         raise UserError(
             f"{file} has version {version}, and this pwkd_jax reads up to {VERSION}: use the pwkd_jax that wrote it, "
             "or a newer one"
         )
-    if missing := [key for key in KEYS if key not in summary]:
+    if missing := [key for key in SHAPE if key not in summary]:
         raise UserError(f"{file} lacks {', '.join(missing)}: give a summary.json as training wrote it")
+    if fault := storage.misfit(summary, SHAPE) or _contradiction(summary):
+        raise UserError(f"{file} is not as training wrote it: {fault}; the same training command writes it again")
     return summary
+
+
+def _contradiction(summary: dict) -> str:
+    """Where the arms of a summary are not those of its runs, as a phrase."""
+    runs = {arm: [run for run in summary["runs"] if run["arm"] == arm] for arm in {run["arm"] for run in summary["runs"]}}
+    for arm in runs.keys() | summary["arms"].keys():
+        said, own = summary["arms"].get(arm), [(run["seed"], run["top1_last"], run["top1_best"]) for run in runs.get(arm, [])]
+        if not said or [(run["seed"], run["top1_last"], run["top1_best"]) for run in said["runs"]] != own:
+            return f"its arm '{arm}' is not that of its runs"
+        if any(abs(said[key]["mean"] - float(np.mean([run[key] for run in said["runs"]]))) > 1e-6 for key in _TOP1):
+            return f"the mean of its arm '{arm}' is not that of its runs"
+        if any(len(run["stage_ends"]) != len(run["plan"]) or not run["plan"] for run in runs[arm]):
+            return f"a run of '{arm}' has another number of stages than its plan"
+    if any(not teacher["widths"] for teacher in summary["teachers"].values()):
+        return "a teacher has no widths"
+    return ""
 
 
 def table(summary: dict) -> str:

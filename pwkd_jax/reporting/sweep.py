@@ -26,12 +26,8 @@ def collect(root: Path) -> tuple[str, dict[str, dict], dict[str, dict], list[str
 
     Points that differ in `arms` and `seed` alone are one experiment, its runs put together.
     """
-    try:
-        sweep = json.loads(storage.read(root / "sweep.json"))
-        points = [(p["name"], p["axes"], p["group"]) for p in sweep["points"]]
-        name = sweep["name"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{root / 'sweep.json'} is not a sweep as pwkd_jax.sweep writes it ({type(e).__name__})") from e
+    sweep = storage.record(root / "sweep.json", {"name": str, "points": [{"name": str, "axes": {"*": str}, "group": str}]})
+    points, name = [(p["name"], p["axes"], p["group"]) for p in sweep["points"]], sweep["name"]
     groups: dict[str, list[dict]] = {}
     axes, unfinished = {}, []
     for point, own, group in points:

@@ -6,6 +6,7 @@ every array's CRC-32C is kept in the checkpoint's metadata. Of several processes
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,8 +129,9 @@ class Damaged(UserError):
     """A checkpoint that cannot be read, or holds other numbers than were saved."""
 
     def __init__(self, path: Path, reason: object):
-        words = str(reason).strip().splitlines()
-        super().__init__(f"{path} is not a whole checkpoint ({words[0] if words else type(reason).__name__})")
+        # Orbax prints objects in what it raises, at any length.
+        words = re.split(r"<|\n", str(reason).strip())[0].rstrip("'\"([{:, ")
+        super().__init__(f"{path} is not a whole checkpoint ({words[:200] or type(reason).__name__})")
 
 
 def facts(path: Path, metadata) -> dict:

@@ -12,7 +12,7 @@ from pwkd_jax.training.checkpoints import Checkpoints
 from pwkd_jax.training.metrics import Running, means
 from pwkd_jax.training.non_finite import Watch
 from pwkd_jax.training.state import State
-from pwkd_jax.training.writers import Progress, Writer
+from pwkd_jax.training.writers import Progress, Writer, refuse_without
 
 
 def fit(
@@ -99,6 +99,8 @@ def run(
     note = checkpoints.note(begin) if restored is not None else None
     # The row of the restored step is still to be written where its evaluation was interrupted.
     owed = bool(note and note["due"])
+    if begin and not note and directory:  # a save comes after its row
+        distributed.decide(lambda: refuse_without(directory / "metrics.jsonl", begin))
     writer = Writer(directory, begin - owed, cadence.tensorboard)
     if not begin:
         writer.write_texts(0, texts)

@@ -56,7 +56,7 @@ def claim(directory: Path, facts: dict[str, Any]) -> None:
         if storage.exists(directory) and not storage.is_folder(directory):
             raise UserError(f"directory: '{directory}' is a file; name a folder")
         if storage.exists(path):
-            before = json.loads(storage.read(path))
+            before = storage.record(path, {})
             if differ := [key for key in facts | before if facts.get(key) != before.get(key)]:
                 key, more = differ[0], f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
                 raise UserError(

@@ -11,6 +11,7 @@ import tqdm
 from tensorboardX import SummaryWriter
 
 from pwkd_jax import storage
+from pwkd_jax.errors import UserError
 from pwkd_jax.training import distributed
 
 
@@ -66,14 +67,34 @@ class Writer:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line torn by a kill is left out."""
-    rows = []
-    for line in storage.read(path).splitlines() if storage.exists(path) else []:
+    """The rows of a metrics.jsonl; a last line torn by a kill is left out. Raises UserError for any other that is no row."""
+    rows: list[dict] = []
+    again = "bring it back, or remove its run's folder to train it anew"
+    try:
+        lines = storage.read(path).splitlines() if storage.exists(path) else []
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"'{path}' cannot be read ({e}); {again}") from e
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            fault = storage.misfit(row, {"step": int, "seconds?": float, "images_per_second?": float})
+        except (ValueError, RecursionError) as e:
+            fault = str(e)
+        if fault and number == len(lines):
             break
+        if fault or (rows and row["step"] <= rows[-1]["step"]):
+            raise UserError(f"'{path}' was changed in line {number} ({fault or 'its steps do not rise'}); {again}")
+        rows.append(row)
     return rows
+
+
+def refuse_without(path: Path, step: int) -> None:
+    """UserError where a metrics.jsonl has no row of a step."""
+    if step not in [row["step"] for row in read_rows(path)]:
+        raise UserError(
+            f"'{path}' lacks the row of step {step}, at which its run was saved; bring it back, or remove its run's folder to "
+            "train it anew"
+        )
 
 
 class Progress:

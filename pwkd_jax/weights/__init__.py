@@ -123,6 +123,17 @@ def read(path: Path, model: str = "", network: nn.Module | None = None) -> tuple
     return variables, found
 
 
+def refuse_another(path: Path, card: dict, model: str, width: float, facts: dict) -> None:
+    """UserError where the file at `path`, whose card this is, is not of that model, width and data. facts: of the data."""
+    wanted = {"model": model, "width": width} | {key: facts[key] for key in ("num_classes", "image_shape", "mean", "std")}
+    for key, value in wanted.items():
+        known = card[key]
+        # Measured statistics may differ in their last digits.
+        alike = key != "model" and np.shape(known) == np.shape(value) and np.allclose(known, value, atol=1e-3)
+        if known != value and not alike:
+            raise UserError(f"{path}: is of another network, whose {key} is {known} and not {value}; bring it back")
+
+
 def write_widths(directory: Path, networks: Mapping[float, Network]) -> None:
     """Write `directory`/width_W.safetensors for {width: network}: a slimmable teacher's sub-networks. Raises OSError."""
     for width, network in networks.items():
