@@ -325,6 +325,13 @@ def test_no_random_access(tmp_path):
     )
 
 
+def test_a_template_of_files_that_is_lost(tmp_path):
+    root = _tfds(tmp_path, _two())
+    path = tmp_path / "toy/1.0.0/dataset_info.json"
+    path.write_text(path.read_text().replace("filepathTemplate", "filepathTemplate_"))
+    assert _refusal("toy", root).startswith(f"data.data_dir: {root}/toy/1.0.0 is not a readable TFDS data set (")
+
+
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
 def test_broken_metadata(tmp_path, file):
     root = _tfds(tmp_path, _two())

@@ -198,6 +198,8 @@ def _tfds(name: str, data_dir: str) -> _Store:
     directory = _find(name, data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", bool(data_dir))
     try:
         builder = tfds.builder_from_directory(directory)
+        shards = {s: list(info.shard_lengths) for s, info in builder.info.splits.items()}
+        _ = [info.filepaths for info in builder.info.splits.values()], builder.info.available_file_formats()
     except Exception as e:  # json, protobuf, imports of feature classes: tfds has no common type for these
         raise UserError(f"data.data_dir: {directory} is not a readable TFDS data set ({_first_line(e)})") from e
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
@@ -220,7 +222,6 @@ def _tfds(name: str, data_dir: str) -> _Store:
         )
     if label.shape != () or not np.issubdtype(label.np_dtype, np.integer):
         raise UserError(f"data.name: feature 'label' of data set '{name}' is not one integer per image")
-    shards = {s: list(info.shard_lengths) for s, info in builder.info.splits.items()}
 
     def read(ranges: list[Range], num_classes: int) -> Split:
         return _decode(builder, name, ranges, num_classes)
