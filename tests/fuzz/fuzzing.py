@@ -9,6 +9,7 @@ the process with its stack.
 
 import contextlib
 import faulthandler
+import io
 import os
 import re
 import signal
@@ -66,6 +67,13 @@ def run(check: Callable[[Any], str], strategy, examples: int, capsys, seconds: f
         each = ", ".join(f"{count} {what}" for what, count in tally.most_common())
         print(f"\n{check.__name__}: {sum(tally.values())} examples: {each}")
     return tally
+
+
+class Text(io.StringIO):
+    """In place of standard error, also for what asks for its file."""
+
+    def fileno(self) -> int:
+        return sys.__stderr__.fileno()
 
 
 def sentence(text: str) -> str:
