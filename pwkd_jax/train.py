@@ -10,9 +10,16 @@ Exit codes: 2, a mistake, in words; 75, stopped by SIGTERM or by the death of an
 command again.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":  # the imports below take seconds, in which there is nothing to save
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell has put this in the background
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -30,13 +37,16 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__)
         return 0
     logging.set_verbosity(logging.ERROR)  # TFDS and Orbax warn of things that a user here cannot act on
-    compilation_cache.enable()
     try:
+        compilation_cache.enable()
         rest = distributed.start(argv)
         with preemption.watching():
             settings, workdir = distributed.together(lambda: _read(rest))
             distributed.agree(fingerprint.facts(settings, workdir))
             result = run.run(settings, Path(workdir))
+        print(summary.table(result))
+        print(f"report: {Path(workdir) / 'report.html'}")
+        return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -49,9 +59,6 @@ def main(argv: Sequence[str]) -> int:
     except Exception as e:
         distributed.leave(e)
         raise
-    print(summary.table(result))
-    print(f"report: {Path(workdir) / 'report.html'}")
-    return 0
 
 
 def _read(argv: Sequence[str]) -> tuple[ConfigDict, str]:
@@ -68,5 +75,17 @@ def _read(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     return settings, str(storage.local("--workdir", workdirs[0]))
 
 
+def _command() -> int:
+    """The command of a process of its own, in which a signal is answered until Python has ended."""
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
+    if signal.SIGINT in heard:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    for number in heard:  # all is done and said
+        signal.signal(number, lambda *_: os._exit(code))
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(_command())

@@ -2,6 +2,9 @@
 
 All processes call `check` or `reached` equally often and in the same order: at every step, every evaluation batch and between
 runs. JAX's preemption service picks the call at which all of them stop, the first that none of them has made yet.
+
+Compiling may take many minutes, in which nobody looks, and schedulers wait for less than one before they kill. So where the
+main thread still compiles some seconds after a SIGTERM or a Ctrl-C, or has not begun to train, the process ends unsaved.
 """
 
 import contextlib
@@ -13,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 from jax.experimental import multihost_utils
 
@@ -29,6 +33,13 @@ class _Notice:
     asked = False
     looked = 0
     agreed = False
+
+
+_GRACE = 8.0  # seconds of compiling after a signal
+# Where JAX traces, lowers and compiles; a step that runs has none of these files on its stack (jax 0.10.2).
+_COMPILING = tuple(os.path.join("jax", "_src", *name) for name in (
+    ("compiler.py",), ("interpreters", "mlir.py"), ("interpreters", "partial_eval.py"),
+))  # fmt: skip
 
 
 def reached() -> bool:
@@ -49,24 +60,27 @@ def check() -> None:
 
 @contextlib.contextmanager
 def watching() -> Iterator[None]:
-    """Note a SIGTERM, for `reached` to see; a second one, or Ctrl-C after it, ends the process at once. Not in a thread."""
+    """Note a SIGTERM, for `reached` to see; a second one, or Ctrl-C after it, ends the process at once, and either one ends it
+    after some seconds of compiling. Not in a thread."""
     _Notice.asked, _Notice.agreed = False, False
+    over = threading.Event()
     tell = _jax_handler() if distributed.several() else lambda: None
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     # Python's own handlers wait for the interpreter, which compiling keeps out for minutes; a byte in a socket does not.
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_listen, args=(reader, tell), daemon=True).start()
+    threading.Thread(target=_listen, args=(reader, tell, over, _Notice.looked), daemon=True).start()
     try:
         yield
     finally:
+        over.set()
         signal.set_wakeup_fd(descriptor)
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
         writer.close()
 
 
-def _listen(reader: socket.socket, tell: Callable[[], None]) -> None:
+def _listen(reader: socket.socket, tell: Callable[[], None], over: threading.Event, begun: int) -> None:
     first = None
     with reader:
         while received := reader.recv(1):
@@ -75,12 +89,37 @@ def _listen(reader: socket.socket, tell: Callable[[], None]) -> None:
                 continue
             if first is None:
                 first = time.monotonic()
+                threading.Thread(target=_leave_idle, args=(number, over, begun), daemon=True).start()
             elif time.monotonic() - first > 1:  # sooner, it is the first again: launchers pass on what the group got too
                 os._exit(128 + number)
             if number == signal.SIGTERM and not _Notice.asked:
                 print("SIGTERM: saving at the next step; a second one ends at once", file=sys.stderr, flush=True)
                 _Notice.asked = True
                 tell()
+
+
+def _leave_idle(number: int, over: threading.Event, begun: int) -> None:
+    """End this process where, some seconds after a signal, its main thread compiles, or has not looked since `begun` looks."""
+    heard = since = time.monotonic()
+    while not over.wait(0.2) and not _Notice.agreed:
+        now, compiling = time.monotonic(), _compiles(sys._current_frames().get(threading.main_thread().ident))
+        if not compiling and _Notice.looked != begun:
+            since = now
+        # Not for a small program between a long step and the look after it.
+        if now - heard > _GRACE and now - since > min(2, _GRACE):
+            doing = "compiling" if compiling else "preparing"
+            said = f"{signal.Signals(number).name}: left while {doing}; the same command continues from the last checkpoint"
+            print(said, file=sys.stderr, flush=True)
+            os._exit(distributed.RESUMABLE if number == signal.SIGTERM else 128 + number)
+
+
+def _compiles(frame: FrameType | None) -> bool:
+    """Whether JAX traces or compiles somewhere on a stack."""
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(_COMPILING):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _jax_handler() -> Callable[[], None]:

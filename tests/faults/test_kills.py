@@ -1,0 +1,83 @@
+"""Six of the random kills of `kills`, which makes sixty by hand; and what a signal does while JAX compiles."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.faults import kills, tiny
+
+
+def test_killed_at_random_it_ends_in_the_same_bits(tmp_path):
+    found = kills.trials(6, 0, tmp_path, ("one by one",), say=lambda *_, **__: None)
+    assert all(t["again"]["right"] and all(k["right"] for k in t["kills"]) for t in found), json.dumps(found, indent=1)
+
+
+def test_plans_are_spread_over_phases_and_signals():
+    found = kills.plans(54, 0)
+    assert found == kills.plans(60, 0)[:54] and found != kills.plans(54, 1)
+    assert all(len({n for p, n in found if p == phase}) == 3 for phase in kills.PHASES)
+
+
+# A command whose compiler, or whose step, takes `seconds`; the main thread then hears no signal, as in XLA.
+SLOW = """
+import runpy, signal, sys, time
+import jax._src.compiler
+from pwkd_jax.training import loop, preemption
+
+what, grace = sys.argv[1], float(sys.argv[2])
+preemption._GRACE = grace or preemption._GRACE
+owner, name = {"compile": (jax._src.compiler, "backend_compile_and_load"), "step": (loop.Running, "add")}[what]
+true, seen = getattr(owner, name), []
+
+def slow(*args, **kwargs):
+    if not seen:
+        seen.append(1)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        print("slow", flush=True)
+        time.sleep(60 if what == "compile" else 3)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    return true(*args, **kwargs)
+
+setattr(owner, name, slow)
+sys.argv[1:3] = []
+runpy.run_module("pwkd_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "what, grace, number, code, sentence",
+    [
+        ("compile", 0, signal.SIGTERM, 75, "SIGTERM: left while compiling; the same command continues from the last"),
+        ("compile", 1, signal.SIGINT, 130, "SIGINT: left while compiling; the same command continues from the last"),
+        ("step", 0.5, signal.SIGTERM, 75, "stopped by SIGTERM; the same command continues from the step that was saved"),
+    ],
+    ids=["SIGTERM", "SIGINT", "a long step"],
+)
+def test_who_compiles_leaves_in_seconds_and_who_trains_saves(what, grace, number, code, sentence, tmp_path):
+    program = ("-c", SLOW, what, str(grace))
+    line = tiny.command("--config.arms=alone", workdir=tmp_path / "w", program=program)
+    env = tiny.environment(JAX_ENABLE_COMPILATION_CACHE=str(int(what == "step")))
+    process = subprocess.Popen(line, env=env, cwd=tiny.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert any(said.strip() == "slow" for said in process.stdout)
+        process.send_signal(number)
+        begun = time.monotonic()
+        assert process.wait(30) == code
+        assert time.monotonic() - begun < 10
+    finally:
+        process.kill()
+    errors = process.stderr.read()
+    assert re.search(sentence, errors) and "Traceback" not in errors
+    assert bool([*(tmp_path / "w").rglob("checkpoints/1")]) == (what == "step")
+
+
+def test_a_signal_before_the_first_import_is_done(tmp_path):
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        command = kills.Broken((), tmp_path / "w", None, "start")
+        assert command.wait_for("start", 1)
+        command.send(number)
+        assert command.end() == "" and command.code == code and not (tmp_path / "w").exists()
