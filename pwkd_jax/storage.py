@@ -4,6 +4,7 @@ Elsewhere paths are only put together; `data` reads its records by itself, and O
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -30,6 +31,34 @@ class Held(OSError):
         self.holder = holder
 
 
+# What a disk does to any program; TensorStore, which writes checkpoints, tells it by these words alone.
+_DISK = {
+    number: os.strerror(number)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EFBIG)
+}
+
+
+def failure(error: BaseException, place: Path) -> str | None:
+    """What the disk of the folder `place` did to make `error`, or an error behind it, as a phrase; None where it was something
+    else."""
+    waiting, seen, place = [error], set(), place.absolute()
+    while waiting:
+        one = waiting.pop(0)
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, OSError) and one.errno in _DISK:
+            if not one.filename:  # as where a file that is open is written
+                return _DISK[one.errno]
+            if Path(os.fsdecode(one.filename)).absolute().is_relative_to(place):
+                return f"{_DISK[one.errno]}: {os.fsdecode(one.filename)}"
+        told = str(one) if isinstance(one, (ValueError, RuntimeError)) and str(place) in str(one) else ""
+        if found := [words for words in _DISK.values() if words in told]:
+            return found[0]
+        waiting += [*getattr(one, "exceptions", ()), one.__cause__, one.__context__]
+    return None
+
+
 def local(option: str, text: str | Path) -> Path:
     """The path that a user wrote, ~ being their home. Raises UserError for an address such as gs://bucket/x.
 
@@ -51,8 +80,12 @@ def replace(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as e:
+        e.filename = str(path)  # a full disk says none
+        raise
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def append(path: Path) -> IO[str]:

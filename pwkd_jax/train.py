@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & {*argv}:
         print(__doc__)
         return 0
-    logging.set_verbosity(logging.ERROR)  # TFDS and Orbax warn of things that a user here cannot act on
+    logging.set_verbosity(logging.FATAL)  # TFDS and Orbax warn of what a user here cannot act on; what fails is raised too
     try:
         compilation_cache.enable()
         rest = distributed.start(argv)
@@ -82,6 +82,8 @@ def _command() -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     code = main(sys.argv[1:])
     sys.stdout.flush()
+    if code == 2 and not distributed.several():
+        os._exit(code)  # threads of a save that failed would have more to say
     for number in heard:  # all is done and said
         signal.signal(number, lambda *_: os._exit(code))
     return code

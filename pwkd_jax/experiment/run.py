@@ -15,6 +15,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from pwkd_jax import storage
+from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import shared_teachers
 from pwkd_jax.experiment.definition import Experiment, prepare
 from pwkd_jax.experiment.students import students
@@ -37,7 +39,17 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     with held(workdir):
         distributed.decide(lambda: claim(workdir, config, experiment.facts))
         _announce(experiment, wanted)
-        return _run(experiment, plans, wanted, distillations, workdir)
+        try:
+            return _run(experiment, plans, wanted, distillations, workdir)
+        except Exception as e:  # Orbax and TensorStore raise of everything, from threads of their own too
+            if isinstance(e, UserError) or not (reason := storage.failure(e, workdir)):
+                raise
+            lost = UserError(
+                f"--workdir: '{workdir}' cannot be written any more ({reason}); the same command continues from the last "
+                "checkpoint once it can"
+            )
+            distributed.leave(lost)
+            raise lost from e
 
 
 def _run(experiment: Experiment, plans: dict, wanted: list[str], distillations: dict, workdir: Path) -> dict:

@@ -161,6 +161,8 @@ def leave(error: BaseException) -> None:
         return
     if is_lost(error):
         _end(f"error: {LOST}", RESUMABLE)
+    if isinstance(error, UserError):
+        _end(f"error: {error}", 2)
     _end("".join(traceback.format_exception(error)).rstrip(), 1)
 
 

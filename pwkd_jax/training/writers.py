@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import tqdm
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from pwkd_jax import storage
 from pwkd_jax.errors import UserError
@@ -35,7 +37,7 @@ class Writer:
             return
         storage.replace(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = storage.append(self._path)
-        self._events = SummaryWriter(str(directory), purge_step=start + 1, flush_secs=30) if tensorboard else None
+        self._events = _Events(directory, start) if tensorboard else None
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         row = {"step": step, **scalars}
@@ -44,12 +46,12 @@ class Writer:
             self._file.write(json.dumps(row) + "\n")
         if self._events:
             for name, value in scalars.items():
-                self._events.add_scalar(name, value, step)
+                self._events.add(step, summary.scalar(name, value))
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         if self._events:
             for name, text in texts.items():
-                self._events.add_text(name, text, step)
+                self._events.add(step, summary.text(name, text))
 
     def write_hparams(self, hparams: Mapping[str, object]) -> None:
         self.write_texts(0, {"config": "\n".join(f"    {k}: {v}" for k, v in hparams.items())})
@@ -58,12 +60,35 @@ class Writer:
         if self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
+        if self._events:
+            self._events.flush()
 
     def close(self) -> None:
-        if self._file:
-            self._file.close()
-        if self._events:
-            self._events.close()
+        for file in (self._file, self._events):
+            if file:
+                file.close()
+
+
+class _Events:
+    """TensorBoard's file of events, written by the thread that trains.
+
+    tensorboardX would write from one of its own (2.6.5), which dies of a full disk; nobody then empties the queue in which
+    training waits for room.
+    """
+
+    def __init__(self, directory: Path, start: int):
+        self._file = EventsWriter(str(directory / "events"))
+        # What a killed run wrote after `start` is no longer shown.
+        self._file.write_event(Event(step=start + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, found: summary.Summary) -> None:
+        self._file.write_event(Event(step=step, wall_time=time.time(), summary=found))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -88,8 +88,11 @@ def state(checkpoint: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _lines(path: Path) -> list:
-    return [untimed(json.loads(line)) for line in path.read_text().splitlines()]
+def _lines(path: Path) -> list | None:
+    try:
+        return [untimed(json.loads(line)) for line in path.read_text().splitlines()]
+    except ValueError:
+        return None
 
 
 def untimed(value):
