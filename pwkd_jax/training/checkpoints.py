@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pwkd_jax import storage
 from pwkd_jax.errors import UserError
-from pwkd_jax.training import distributed
+from pwkd_jax.training import distributed, preemption
 
 
 class Checkpoints:
@@ -34,6 +34,7 @@ class Checkpoints:
         self._keep = sorted(set(keep))
         self._open()
 
+    @preemption.unbroken()
     def _open(self) -> None:
         distributed.decide(self._put_unreadable_aside)
         policies = ocp.training.preservation_policies
@@ -57,6 +58,7 @@ class Checkpoints:
         print(f"warning: {damage}; the checkpoint before it is used", file=sys.stderr)
         storage.put_aside(self._directory / name, ".damaged")
 
+    @preemption.unbroken()
     def save(self, step: int, state, note: dict | None = None) -> None:
         """Start saving in the background; waits only for a save still under way. note: JSON to keep beside the state."""
         if self._manager is None or step in self.steps:
@@ -76,6 +78,7 @@ class Checkpoints:
         if saving is not None:
             saving.result()
 
+    @preemption.unbroken()
     def note(self, step: int) -> dict | None:
         """What was noted at that step, the same on every process."""
         path = self._directory / str(step)
@@ -98,6 +101,7 @@ class Checkpoints:
                 self._open()
         return None
 
+    @preemption.unbroken()
     def _load(self, like, step: int):
         path = self._directory / str(step)
         try:
@@ -118,6 +122,7 @@ class Checkpoints:
         refuse_damage(path, state, own["crc32c"])
         return state
 
+    @preemption.unbroken()
     def close(self) -> None:
         """Wait for the last save to be complete on disk."""
         if self._manager is not None:

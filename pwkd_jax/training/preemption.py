@@ -28,9 +28,10 @@ class Preempted(Exception):
 
 
 class _Notice:
-    """What this process knows: whether it was asked to stop, how often it looked, and whether all have agreed."""
+    """What this process knows: whether it was asked to stop or interrupted, how often it looked, whether all have agreed."""
 
     asked = False
+    interrupted = False
     looked = 0
     agreed = False
 
@@ -43,8 +44,11 @@ _COMPILING = tuple(os.path.join("jax", "_src", *name) for name in (
 
 
 def reached() -> bool:
-    """Whether all processes stop here."""
+    """Whether all processes stop here. Raises KeyboardInterrupt where a Ctrl-C did not: Python drops one that comes in a
+    finaliser or a callback."""
     _Notice.looked += 1
+    if _Notice.interrupted:
+        raise KeyboardInterrupt
     if distributed.several():
         _Notice.agreed |= multihost_utils.reached_preemption_sync_point(_Notice.looked)
     else:
@@ -59,10 +63,36 @@ def check() -> None:
 
 
 @contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block, unless it comes again.
+
+    Within Orbax it would cut its event loop, to which TensorStore still calls back with tracebacks, or come out as an error of
+    the checkpoint that is read (orbax-checkpoint 0.12.8).
+    """
+    before, heard = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+
+    def hear(number, frame) -> None:
+        heard.append(number)
+        if len(heard) > 1:
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        before(signal.SIGINT, None)
+
+
+@contextlib.contextmanager
 def watching() -> Iterator[None]:
     """Note a SIGTERM, for `reached` to see; a second one, or Ctrl-C after it, ends the process at once, and either one ends it
     after some seconds of compiling. Not in a thread."""
-    _Notice.asked, _Notice.agreed = False, False
+    _Notice.asked, _Notice.interrupted, _Notice.agreed = False, False, False
     over = threading.Event()
     tell = _jax_handler() if distributed.several() else lambda: None
     before = signal.signal(signal.SIGTERM, lambda *_: None)
@@ -92,6 +122,7 @@ def _listen(reader: socket.socket, tell: Callable[[], None], over: threading.Eve
                 threading.Thread(target=_leave_idle, args=(number, over, begun), daemon=True).start()
             elif time.monotonic() - first > 1:  # sooner, it is the first again: launchers pass on what the group got too
                 os._exit(128 + number)
+            _Notice.interrupted |= number == signal.SIGINT
             if number == signal.SIGTERM and not _Notice.asked:
                 print("SIGTERM: saving at the next step; a second one ends at once", file=sys.stderr, flush=True)
                 _Notice.asked = True
