@@ -1,6 +1,7 @@
 """What a finished run leaves in its directory, of a teacher or a student: result.json, and what both put there."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,17 +20,30 @@ def result(directory: Path, shape: dict, **own: object) -> dict | None:
     preemption.check()
     path = directory / "result.json"
 
-    def read() -> dict | None:
-        if not storage.exists(path):
+    def whole() -> dict | None:
+        found = read(path)
+        if found is None:
             return None
-        found = storage.record(path, shape)
+        if fault := storage.misfit(found, shape):
+            raise UserError(f"'{path}' is not as it was written: {fault}; bring it back, or make it anew")
         for key, value in json.loads(json.dumps(own)).items():
             if found[key] != value:
                 was = f"whose {key} is {found[key]!r:.80} and not {value!r:.80}"
                 raise UserError(f"'{path}' is another run's, {was}; bring it back, or make it anew")
         return found
 
-    return distributed.decide(read)
+    return distributed.decide(whole)
+
+
+def read(path: Path) -> dict | None:
+    """A run's result.json; None where there is none, and where it is damaged, for the run's checkpoints give it again."""
+    if not storage.exists(path):
+        return None
+    try:
+        return json.loads(storage.read(path))
+    except (ValueError, RecursionError):
+        print(f"warning: {path} is not whole; it is made again from the run's checkpoints", file=sys.stderr)
+        return None
 
 
 def point(row: dict) -> dict:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from pwkd_jax import storage
 from pwkd_jax.config import leaves
 from pwkd_jax.errors import UserError
+from pwkd_jax.experiment import results
 from pwkd_jax.experiment.workdir import changed_since, differences, settings
 
 # Neither changes a teacher: where the data lie, and where it came from itself.
@@ -47,7 +48,7 @@ def check(config: ConfigDict, facts: dict, names: Iterable[str]) -> None:
     if changed := differences(known, facts):
         raise UserError(f"teacher.run: '{run}' had other data: {'; '.join(changed[:3])}; name a workdir of these data")
     for name in names:
-        if not storage.exists(Path(run) / "teacher" / name / "result.json"):
+        if results.read(Path(run) / "teacher" / name / "result.json") is None:
             raise UserError(f"teacher.run: '{run}' holds no finished {name} teacher; train it there first")
 
 

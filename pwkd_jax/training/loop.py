@@ -102,6 +102,12 @@ def run(
     if begin and not note and directory:  # a save comes after its row
         distributed.decide(lambda: refuse_without(directory / "metrics.jsonl", begin))
     writer = Writer(directory, begin - owed, cadence.tensorboard)
+    known = {row["step"] for row in writer.rows}
+    if lost := [at for at in range(1, begin + 1 - owed) if (at % cadence.evaluate == 0 or at in ends) and at not in known]:
+        raise UserError(
+            f"{directory and directory / 'metrics.jsonl'}: lacks the row of step {lost[0]}, so it was cut short or edited; "
+            f"remove '{directory}', and the same command trains this run again"
+        )
     if not begin:
         writer.write_texts(0, texts)
     progress = Progress(label, ends[-1], begin)
@@ -137,6 +143,7 @@ def run(
             try:
                 row |= evaluate(state)
             except preemption.Preempted:
+                writer.flush()
                 checkpoints.save(at, state, window)
                 raise
         row["seconds"] = clock.lap(at)
@@ -160,6 +167,7 @@ def run(
     def stop(at: int, state: State, metrics) -> None:
         if preemption.reached():
             watch.params(at, state.params)
+            writer.flush()
             checkpoints.save(at, state, unwritten(at, False))
             raise preemption.Preempted
 
