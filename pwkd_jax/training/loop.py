@@ -99,15 +99,11 @@ def run(
     note = checkpoints.note(begin) if restored is not None else None
     # The row of the restored step is still to be written where its evaluation was interrupted.
     owed = bool(note and note["due"])
-    if begin and not note and directory:  # a save comes after its row
-        distributed.decide(lambda: refuse_without(directory / "metrics.jsonl", begin))
+    if begin and directory:
+        rows = [at for at in range(1, begin + 1 - owed) if at % cadence.evaluate == 0 or at in ends]
+        rows += [] if note else [begin]  # a save comes after its row
+        distributed.decide(lambda: refuse_without(directory / "metrics.jsonl", rows))
     writer = Writer(directory, begin - owed, cadence.tensorboard)
-    known = {row["step"] for row in writer.rows}
-    if lost := [at for at in range(1, begin + 1 - owed) if (at % cadence.evaluate == 0 or at in ends) and at not in known]:
-        raise UserError(
-            f"{directory and directory / 'metrics.jsonl'}: lacks the row of step {lost[0]}, so it was cut short or edited; "
-            f"remove '{directory}', and the same command trains this run again"
-        )
     if not begin:
         writer.write_texts(0, texts)
     progress = Progress(label, ends[-1], begin)

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tqdm
@@ -113,12 +113,13 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def refuse_without(path: Path, step: int) -> None:
-    """UserError where a metrics.jsonl has no row of a step."""
-    if step not in [row["step"] for row in read_rows(path)]:
+def refuse_without(path: Path, steps: Sequence[int]) -> None:
+    """UserError where a metrics.jsonl has no row of one of those steps."""
+    known = {row["step"] for row in read_rows(path)}
+    if missing := [step for step in steps if step not in known]:
         raise UserError(
-            f"'{path}' lacks the row of step {step}, at which its run was saved; bring it back, or remove its run's folder to "
-            "train it anew"
+            f"{path}: lacks the row of step {missing[0]}, so it was cut short or edited; bring it back, or remove its run's "
+            "folder to train it anew"
         )
 
 
