@@ -1,6 +1,6 @@
 """The training command, telling where it is: a line for each thing that begins, to the pipe that $MARKS numbers.
 
-    MARKS=3 python tests/faults/marked.py --config=... --workdir=...
+    MARKS=3 python -m tests.faults.marked --config=... --workdir=...
 
 Nothing of it is changed: some functions are called through others that write a mark first.
 """

@@ -69,7 +69,8 @@ def test_a_disk_that_fills_up_while_checkpoints_are_saved(events, unbroken, disk
     assert again == 0 and [d for d in tiny.differences(unbroken, left) if "events" not in d] in ([], ["config.json differs"])
 
 
-@pytest.mark.parametrize("free, name", [(1, "parameters.txt"), pytest.param(8, "report.html", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("free, name", [(1, "parameters.txt"), (8, "report.html")])
 def test_a_disk_that_fills_up_while_results_are_written(free, name, unbroken, disk):
     """free: pages of 4 KiB. All is trained, but no student has its result yet: there is room for the first one's."""
     script = f"""

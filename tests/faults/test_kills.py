@@ -1,5 +1,6 @@
 """Six of the random kills of `kills`, which makes sixty by hand; and what a signal does while JAX compiles."""
 
+import collections
 import json
 import re
 import signal
@@ -8,11 +9,22 @@ import time
 
 import pytest
 
+from pwkd_jax import train
 from tests.faults import kills, tiny
 
+# How often each phase begins in an unbroken run, as `kills.reference` counts.
+COUNTS = {"compile": 35, "teacher": 24, "pwkd 1": 12, "pwkd 2": 12, "control": 48, "evaluation": 19, "save": 21, "report": 2}
 
-def test_killed_at_random_it_ends_in_the_same_bits(tmp_path):
-    found = kills.trials(6, 0, tmp_path, ("one by one",), say=lambda *_, **__: None)
+
+def test_killed_at_random_it_ends_in_the_same_bits(unbroken, tmp_path):
+    """Where the sixty had a command of its own go on, this process does."""
+
+    def finish(*options, workdir):
+        code = train.main([*tiny.OPTIONS, *options, f"--workdir={workdir}"])
+        return subprocess.CompletedProcess((), code, stderr="")
+
+    references = {"one by one": (unbroken, collections.Counter(COUNTS))}
+    found = kills.trials(6, 0, tmp_path, references, finish, say=lambda *_, **__: None)
     assert all(t["again"]["right"] and all(k["right"] for k in t["kills"]) for t in found), json.dumps(found, indent=1)
 
 
@@ -52,11 +64,13 @@ runpy.run_module("pwkd_jax.train", run_name="__main__", alter_sys=True)
     "what, grace, number, code, sentence",
     [
         ("compile", 0, signal.SIGTERM, 75, "SIGTERM: left while compiling; the same command continues from the last"),
-        ("compile", 1, signal.SIGINT, 130, "SIGINT: left while compiling; the same command continues from the last"),
-        ("step", 0.5, signal.SIGTERM, 75, "stopped by SIGTERM; the same command continues from the step that was saved"),
+        pytest.param("compile", 1, signal.SIGINT, 130, "SIGINT: left while compiling; the same command continues from the last",
+                     marks=pytest.mark.slow),
+        pytest.param("step", 0.5, signal.SIGTERM, 75, "stopped by SIGTERM; the same command continues from the step that was",
+                     marks=pytest.mark.slow),
     ],
     ids=["SIGTERM", "SIGINT", "a long step"],
-)
+)  # fmt: skip
 def test_who_compiles_leaves_in_seconds_and_who_trains_saves(what, grace, number, code, sentence, tmp_path):
     program = ("-c", SLOW, what, str(grace))
     line = tiny.command("--config.arms=alone", workdir=tmp_path / "w", program=program)
@@ -64,6 +78,7 @@ def test_who_compiles_leaves_in_seconds_and_who_trains_saves(what, grace, number
     process = subprocess.Popen(line, env=env, cwd=tiny.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert any(said.strip() == "slow" for said in process.stdout)
+        time.sleep(0.5)  # until it sleeps itself
         process.send_signal(number)
         begun = time.monotonic()
         assert process.wait(30) == code

@@ -47,7 +47,7 @@ def sentence(code: int, capsys, *phrases: str) -> None:
     assert any(phrase in lines[-1] for phrase in phrases), lines
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["in RAM", "streamed"])
+@pytest.mark.parametrize("streamed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["in RAM", "streamed"])
 def test_between_two_commands(streamed, tmp_path, capsys):
     root, workdir = pictures(tmp_path / "d"), tmp_path / "w"
     line = command(root, workdir, streamed, "--config.data.workers=0")
