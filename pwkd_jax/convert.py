@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="what to leave out, as in 'teacher.*'")
     options = parser.parse_args(arguments)
     try:
-        card = convert(**vars(options) | {"out": storage.local("--out", options.out)})
+        card = convert(**vars(options) | {"out": storage.path(options.out, "--out")})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

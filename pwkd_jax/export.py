@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="", help="module:Name, where a file's model is your own")
     options = parser.parse_args(arguments)
     try:
-        paths = export(**vars(options) | {"out": storage.local("--out", options.out)})
+        paths = export(**vars(options) | {"out": storage.path(options.out, "--out")})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(f"{path} ({path.stat().st_size:,} bytes)" for path in paths))
+    print("\n".join(f"{path} ({storage.size(path):,} bytes)" for path in paths))
     return 0
 
 

@@ -28,10 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Prints and writes the report of one experiment, or compares several.",
     )
     parser.add_argument("workdir", nargs="+", help="work directory of a training that has ended, or its summary.json")
-    parser.add_argument("--out", type=Path, help="the page: report.html in the one work directory, or comparison.html")
+    parser.add_argument("--out", help="the page: report.html in the one work directory, or comparison.html")
     options = parser.parse_args(arguments)
     try:
-        _run(options.workdir, options.out)
+        _run(options.workdir, storage.path(options.out, "--out") if options.out else None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -39,17 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(paths: Sequence[str], out: Path | None) -> None:
-    if len(paths) == 1 and sweep.is_root(Path(paths[0])):
-        _sweep(Path(paths[0]), out)
+    places = {path: storage.path(path) for path in paths}
+    if len(paths) == 1 and sweep.is_root(places[paths[0]]):
+        _sweep(places[paths[0]], out)
         return
     found: dict[str, dict] = {}
     for path in paths:
-        if any(Path(path).resolve() == Path(other).resolve() for other in found):
+        if any(storage.same(places[path], places[other]) for other in found):
             raise UserError(f"{path} is given twice: give each work directory once")
         found[path] = summaries.read(path)
     if len(found) == 1:
         path, summary = next(iter(found.items()))
-        folder = Path(path) if storage.is_folder(Path(path)) else Path(path).parent
+        folder = places[path] if storage.is_folder(places[path]) else places[path].parent
         out = out or folder / "report.html"
         text, html = summaries.table(summary), page.report(summary)
     else:

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
     try:
-        root = storage.local("--root", options.root or Path("runs") / options.file.stem)
+        root = storage.path(options.root or Path("runs") / options.file.stem, "--root")
         points = load(options.file, root)
         if options.count:
             print(len(chosen(points, options.count)))

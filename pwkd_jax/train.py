@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 if __name__ == "__main__":  # the imports below take seconds, in which there is nothing to save
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
@@ -43,13 +42,14 @@ def main(argv: Sequence[str]) -> int:
         with preemption.watching():
             settings, workdir = distributed.together(lambda: _read(rest))
             distributed.agree(fingerprint.facts(settings, workdir))
-            result = run.run(settings, Path(workdir))
+            result = run.run(settings, storage.path(workdir))
         print(summary.table(result))
-        print(f"report: {Path(workdir) / 'report.html'}")
+        print(f"report: {storage.path(workdir) / 'report.html'}")
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        # A bucket that answered before will again.
+        return distributed.RESUMABLE if isinstance(e, storage.Unreachable) and e.began else 2
     except preemption.Preempted:
         print("stopped by SIGTERM; the same command continues from the step that was saved", file=sys.stderr)
         return distributed.RESUMABLE
@@ -72,7 +72,7 @@ def _read(argv: Sequence[str]) -> tuple[ConfigDict, str]:
         )
     if len(workdirs) != 1 or not workdirs[0]:
         raise UserError("give one directory for the results, as in --workdir=runs/digits")
-    return settings, str(storage.local("--workdir", workdirs[0]))
+    return settings, str(storage.path(workdirs[0], "--workdir"))
 
 
 def _command() -> int:

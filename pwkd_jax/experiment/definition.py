@@ -228,7 +228,7 @@ def _given(config: ConfigDict, facts: dict, who: str, model: nn.Module) -> dict:
     """The variables in the file of `who`.weights. Raises UserError where they do not fit this experiment."""
     c = config[who]
     with naming(f"{who}.weights"):
-        variables, card = weights.read(storage.local(f"{who}.weights", c.weights), c.model)
+        variables, card = weights.read(storage.path(c.weights, f"{who}.weights"), c.model)
     like = models.abstract(model, tuple(facts["image_shape"]))
     weights.refuse_misfits(f"{who}.weights: {c.weights}", c.model, weights.mismatches(variables, like))
     if (theirs := card.get("classes")) and facts.get("classes") and theirs != facts["classes"]:

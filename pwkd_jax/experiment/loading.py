@@ -1,6 +1,5 @@
 """What training left, from whatever names it: a run's directory, one of its checkpoints, or a file of weights."""
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
     model: the `module:Name` that a file may import, where its model is one's own. kinds: what to offer for a target that is
     none. Raises UserError.
     """
-    path = Path(os.path.abspath(target))
+    path = storage.absolute(storage.path(target))
     if storage.is_file(path / "model.safetensors"):  # the directory of an export
         path = path / "model.safetensors"
     if storage.is_file(path):
@@ -39,7 +38,8 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
         raise UserError(f"{target}: there is no such file or directory; give {kinds}")
     inside = path.parent.name == "checkpoints" and path.name.isdigit()
     run, step = (path.parents[1], int(path.name)) if inside else (path, None)
-    workdir = next((p for p in run.parents if storage.exists(p / "config.json") and storage.exists(p / "data.json")), None)
+    both = ("config.json", "data.json")
+    workdir = next((p for p in storage.above(run) if all(storage.exists(p / name) for name in both)), None)
     place = run.relative_to(workdir).as_posix() if workdir else ""
     if not re.fullmatch(rf"teacher/(slimmable|standard)|students/({'|'.join(stages.ARMS)})/seed\d+", place):
         inside = sorted(p.relative_to(path).as_posix() for p in storage.holding(path, "checkpoints"))
@@ -69,10 +69,11 @@ def open_network(target: str | Path, width: float | None = None, model: str | nn
     width: of a slimmable teacher, its widest by default. model: the Flax module of a file that holds your own, or its
     `module:Name`. A directory that the library's `distil` was given is a target too. Raises UserError.
     """
-    target = Path(target) / weights.STUDENT if storage.is_file(Path(target) / weights.STUDENT) else target
+    inside = storage.path(target) / weights.STUDENT
+    target = inside if storage.is_file(inside) else target
     if isinstance(model, str):
         return load(str(target), width, model)[0]
-    variables, card = weights.read(Path(target), network=model)
+    variables, card = weights.read(storage.path(target), network=model)
     return Network(model, variables, card)
 
 
@@ -107,7 +108,7 @@ def _student(target: str, workdir: Path, run: Path, step: int | None, width: flo
     c = config.student
     if width not in (None, c.width):
         raise UserError(f"--width: {target} is a student, of one width")
-    steps = sorted(int(n) for n in storage.names(run / "checkpoints") if n.isdigit())
+    steps = storage.saved_steps(run / "checkpoints")
     if not steps:
         raise UserError(f"{target}: has no checkpoint yet")
     step = steps[-1] if step is None else step

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pwkd_jax import data
+from pwkd_jax import data, storage
 from pwkd_jax.data import class_names
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import exported, loading
@@ -114,7 +114,7 @@ def _open(target: str, width: float | None, model: str) -> Scored:
         for option, value in (("--width", width), ("--model", model)):
             if value:
                 raise UserError(f"{option}: {target} is a program, of one model and width")
-        program = exported.open_program(Path(target))
+        program = exported.open_program(storage.path(target))
         title = f"a program for {', '.join(program.platforms)}"
         return Scored(program.log_probabilities, title, program.image_shape, program.num_classes, program.data, 1)
     found, known = loading.load(target, width, model, KINDS)

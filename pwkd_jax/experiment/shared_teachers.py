@@ -32,12 +32,13 @@ def check(config: ConfigDict, facts: dict, names: Iterable[str]) -> None:
     run = config.teacher.run
     if not run:
         return
+    place = storage.path(run, "teacher.run")
     try:
-        lender, known = settings(Path(run)), storage.record(Path(run) / "data.json", {"digests?": {}})
+        lender, known = settings(place), storage.record(place / "data.json", {"digests?": {}})
     except (OSError, ValueError, UserError) as e:
         why = e if isinstance(e, UserError) else type(e).__name__
         raise UserError(f"teacher.run: '{run}' is not a workdir of pwkd_jax.train ({why})") from e
-    changed_since(Path(run))
+    changed_since(place)
     own, other = identity(dict(leaves(config))), identity(lender)
     if differ := [k for k in sorted(own.keys() | other.keys()) if own.get(k) != other.get(k)]:
         key, more = differ[0], f" (and {len(differ) - 1} more keys)" if len(differ) > 1 else ""
@@ -48,7 +49,7 @@ def check(config: ConfigDict, facts: dict, names: Iterable[str]) -> None:
     if changed := differences(known, facts):
         raise UserError(f"teacher.run: '{run}' had other data: {'; '.join(changed[:3])}; name a workdir of these data")
     for name in names:
-        if results.read(Path(run) / "teacher" / name / "result.json") is None:
+        if results.read(place / "teacher" / name / "result.json") is None:
             raise UserError(f"teacher.run: '{run}' holds no finished {name} teacher; train it there first")
 
 

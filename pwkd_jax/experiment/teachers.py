@@ -7,7 +7,7 @@ from pathlib import Path
 
 import flax.linen as nn
 
-from pwkd_jax import slimmable, weights
+from pwkd_jax import slimmable, storage, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import programs, results, shared_teachers
 from pwkd_jax.experiment.definition import Experiment
@@ -22,7 +22,7 @@ def teach(experiment: Experiment, workdir: Path, name: str) -> tuple[Teacher, di
     """(teacher, its result.json) of `name`, slimmable or standard, its variables placed where they teach."""
     c, net, directory = experiment.config.teacher, experiment.teachers[name], workdir / "teacher" / name
     if c.run:
-        distributed.decide(lambda: shared_teachers.copy(Path(c.run), workdir, name))
+        distributed.decide(lambda: shared_teachers.copy(storage.path(c.run), workdir, name))
     if result := finished(experiment, workdir, name):
         likes = {w: net.likes[w] for w in net.table}
         found = weights.read_widths(directory, likes, lambda path, w: weights.read(path, c.model))

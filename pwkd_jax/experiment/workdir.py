@@ -45,7 +45,11 @@ def held(workdir: Path) -> Iterator[None]:
                 raise UserError(f"--workdir: '{workdir}' cannot be written ({e.strerror})") from e
 
         distributed.decide(take)
-        yield
+        try:
+            yield
+        except storage.Unreachable as e:
+            e.began = True
+            raise
 
 
 def claim(workdir: Path, config: ConfigDict, facts: dict) -> None:

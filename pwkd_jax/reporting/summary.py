@@ -31,7 +31,6 @@ deviation (ddof = 1), null where n = 1. Numbers that are not finite are null.
 import itertools
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,15 +108,15 @@ def build(
 def write(summary: dict, workdir: str | os.PathLike) -> None:
     """Writes `summary.json` and `report.html` into `workdir`, each whole or not at all."""
     # The numbers first: no trouble with a picture may cost them.
-    storage.replace(Path(workdir) / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    storage.replace(storage.path(workdir) / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     from pwkd_jax.reporting import page  # matplotlib, which nobody waits for before training begins
 
-    storage.replace(Path(workdir) / "report.html", page.report(summary))
+    storage.replace(storage.path(workdir) / "report.html", page.report(summary))
 
 
 def read(path: str | os.PathLike) -> dict:
     """The summary in a work directory, or in a file. Raises UserError if there is none that this version can read."""
-    path = Path(path)
+    path = storage.path(path)
     file = path / "summary.json" if storage.is_folder(path) else path
     try:
         summary = json.loads(storage.read(file))

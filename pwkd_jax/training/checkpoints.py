@@ -39,7 +39,7 @@ class Checkpoints:
         distributed.decide(self._put_unreadable_aside)
         policies = ocp.training.preservation_policies
         self._manager = ocp.training.Checkpointer(
-            self._directory.absolute(),
+            storage.absolute(self._directory),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), policies.CustomSteps(self._keep)]),
             cleanup_tmp_directories=True,  # a save that a kill tore is a temporary directory, never a step
         )
@@ -47,12 +47,11 @@ class Checkpoints:
 
     def _put_unreadable_aside(self) -> None:
         """Of checkpoints whose metadata Orbax cannot read, for it would then list none of the others either."""
-        for name in storage.names(self._directory):
-            if name.isdigit():
-                try:
-                    ocp.checkpointables_metadata(self._directory / name)
-                except Exception as e:  # Orbax raises of everything
-                    self._put_aside(Damaged(self._directory / name, e), name)
+        for name in map(str, storage.saved_steps(self._directory)):
+            try:
+                ocp.checkpointables_metadata(self._directory / name)
+            except Exception as e:  # Orbax raises of everything
+                self._put_aside(Damaged(self._directory / name, e), name)
 
     def _put_aside(self, damage: "Damaged", name: str) -> None:
         print(f"warning: {damage}; the checkpoint before it is used", file=sys.stderr)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from clu import parameter_overview
 
-from pwkd_jax import distillers, models, stages, weights
+from pwkd_jax import distillers, models, stages, storage, weights
 from pwkd_jax.distillers import Distillation
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import contract, precision
@@ -126,7 +126,7 @@ class Student:
             raise UserError(f"{path}: this student predicts through its teacher's classifier, which weights alone do not hold")
         variables = distributed.fetch(self.variables)
         if distributed.primary():
-            weights.write(Path(path), variables, self.card)
+            weights.write(storage.path(path), variables, self.card)
 
 
 def judged(
@@ -239,7 +239,7 @@ def distil(
         )
         for i, s in enumerate(plan)
     ]
-    state, directory = fresh(), directory and Path(directory)
+    state, directory = fresh(), directory and storage.path(directory, "directory")
     overview = parameter_overview.get_parameter_overview(state.params)
     if directory and not compiled and not several:
         record.claim(directory, {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from pwkd_jax import storage
 from pwkd_jax.errors import UserError
 
 
@@ -26,7 +27,8 @@ class Trace:
     def begin(self, at: int) -> None:
         """Before the step after `at`."""
         if self.last and not self._on and self.first <= at < self.last:
-            jax.profiler.start_trace(str(self.directory), create_perfetto_trace=True)
+            self._outbox = storage.outbox(self.directory)
+            jax.profiler.start_trace(str(self._outbox.local), create_perfetto_trace=True)
             self._on = self._begun = True
 
     def __call__(self, at: int, state, metrics) -> None:
@@ -40,6 +42,7 @@ class Trace:
         """End a trace that is under way; says where it is, or that none of its steps was taken."""
         if self._on:
             jax.profiler.stop_trace()
+            self._outbox.close()
             print(f"profile: steps {self.first + 1} to {self.last} are in {self.directory}", flush=True)
         elif self.last and not self._begun:
             print(f"profile: this run took no step from {self.first + 1} to {self.last}, so nothing was traced", flush=True)

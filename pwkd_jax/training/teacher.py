@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from clu import parameter_overview
 
-from pwkd_jax import data, models, slimmable, weights
+from pwkd_jax import data, models, slimmable, storage, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import contract, precision
 from pwkd_jax.slimmable import Slimmable
@@ -156,7 +156,7 @@ class Teacher:
         fetched = {w: distributed.fetch(v) for w, v in self.variables.items()}
         if distributed.primary():
             found = {w: Network(self.net.members[w], v, self.cards[w]) for w, v in fetched.items()}
-            weights.write_widths(Path(directory), found)
+            weights.write_widths(storage.path(directory), found)
 
 
 def load_teacher(directory: str | Path, net: Slimmable) -> Teacher:
@@ -164,7 +164,7 @@ def load_teacher(directory: str | Path, net: Slimmable) -> Teacher:
 
     Raises UserError where a file is missing or does not fit."""
     likes = {w: net.likes[w] for w in net.table}
-    found = weights.read_widths(Path(directory), likes, lambda path, w: weights.read(path, network=net.members[w]))
+    found = weights.read_widths(storage.path(directory), likes, lambda path, w: weights.read(path, network=net.members[w]))
     return Teacher(net, {w: v for w, (v, _) in found.items()}, {w: card for w, (_, card) in found.items()})
 
 
@@ -256,7 +256,7 @@ def train_teacher(
         scores = {w: task.evaluator(net.members[w], v)["top1"] for w, v in frozen(state).items()}
         return {f"top1_{slimmable.width_key(w)}": score for w, score in scores.items()}
 
-    directory = directory and Path(directory)
+    directory = directory and storage.path(directory, "directory")
     state = create(seed, start)
     widest = net.extract(state.params, state.collections, net.widest)["params"]
     overview = parameter_overview.get_parameter_overview(widest)

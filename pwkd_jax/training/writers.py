@@ -1,7 +1,6 @@
 """Where metrics go: `metrics.jsonl`, TensorBoard events without TensorFlow, and the terminal."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -35,9 +34,10 @@ class Writer:
         self.rows = [row for row in rows if row["step"] <= start]
         if not distributed.primary():
             return
-        storage.replace(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._file = storage.append(self._path)
-        self._events = _Events(directory, start) if tensorboard else None
+        self._file = storage.lines(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        if tensorboard:
+            self._outbox = storage.outbox(directory)
+            self._events = _Events(self._outbox.local, start)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         row = {"step": step, **scalars}
@@ -59,14 +59,16 @@ class Writer:
     def flush(self) -> None:
         if self._file:
             self._file.flush()
-            os.fsync(self._file.fileno())
         if self._events:
             self._events.flush()
+            self._outbox.push()
 
     def close(self) -> None:
         for file in (self._file, self._events):
             if file:
                 file.close()
+        if self._events:
+            self._outbox.close()
 
 
 class _Events:

@@ -89,7 +89,7 @@ def save(network: Any, path: str | Path) -> None:
         return network.save(path)
     if Path(path).suffix != ".safetensors":
         raise UserError(f"{path}: should be a name ending in .safetensors")
-    write(Path(path), network.variables, network.card)
+    write(storage.path(path), network.variables, network.card)
 
 
 def read(path: Path, model: str = "", network: nn.Module | None = None) -> tuple[dict, dict]:
