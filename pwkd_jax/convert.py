@@ -13,7 +13,6 @@ on a mistake.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from pwkd_jax import storage
 from pwkd_jax.errors import UserError
@@ -23,7 +22,7 @@ from pwkd_jax.weights.convert import convert
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and gives its exit code."""
     parser = argparse.ArgumentParser(prog="python -m pwkd_jax.convert", description=__doc__.partition("\n")[0])
-    parser.add_argument("file", type=Path, help=".safetensors, .pth, .pt, .tar or .bin")
+    parser.add_argument("file", help=".safetensors, .pth, .pt, .tar or .bin")
     parser.add_argument("--model", required=True, help="what it is, as in resnet32x4 or imagenet_ResNet34")
     parser.add_argument("--out", required=True, help="FILE.safetensors; its card goes beside it")
     parser.add_argument("--image-size", type=int, help="of training; 224 for ImageNet models and transformers, otherwise 32")
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="what to leave out, as in 'teacher.*'")
     options = parser.parse_args(arguments)
     try:
-        card = convert(**vars(options) | {"out": storage.path(options.out, "--out")})
+        card = convert(**vars(options) | {"file": storage.path(options.file), "out": storage.path(options.out, "--out")})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

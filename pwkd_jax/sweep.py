@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and gives its exit code: 2 for a mistake; otherwise that of the first point that did not end well."""
     parser = argparse.ArgumentParser(prog="python -m pwkd_jax.sweep", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("file", type=Path, help="the sweep, a TOML file")
+    parser.add_argument("file", type=storage.path, help="the sweep, a TOML file")
     parser.add_argument("--root", help="the directory of all workdirs; default runs/FILE's name")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true")

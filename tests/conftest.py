@@ -14,6 +14,9 @@ os.environ.setdefault(
 )
 
 import json
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import jax
@@ -41,6 +44,25 @@ def golden_logits():
 def batch():
     rng = np.random.default_rng(0)
     return rng.standard_normal((16, *IMAGE_SHAPE)).astype(np.float32), rng.integers(0, 10, 16).astype(np.int32)
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """bucket(what) asks the server of `gs://bucket`, see bucket_server.py, where this and other processes find it."""
+    for package in ("gcsfs", "gcp_storage_emulator"):
+        pytest.importorskip(package, reason=f"{package} is not installed; launch/test.sh installs it")
+    server = subprocess.Popen([sys.executable, Path(__file__).with_name("bucket_server.py")], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)  # fmt: skip
+    address = server.stdout.readline().strip()
+    # A token for TensorStore, which otherwise looks for one in the cloud.
+    os.environ |= {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "no"}
+
+    def ask(what: str) -> dict:
+        with urllib.request.urlopen(f"{address}/tests/{what}", timeout=30) as answer:
+            return json.load(answer)
+
+    yield ask
+    server.communicate("")
 
 
 def family(width: float):

@@ -9,42 +9,20 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from conftest import identical
+from conftest import identical, made_up
 from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import save
 from test_commands import ROOT, TINY, command, final
+from test_sweep import toml
 
-from pwkd_jax import report, storage, train
+from pwkd_jax import convert, evaluate, export, models, report, storage, sweep, train
 from pwkd_jax.errors import UserError
-
-for package in ("gcsfs", "gcp_storage_emulator"):
-    pytest.importorskip(package, reason=f"{package} is not installed; launch/test.sh installs it")
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """bucket(what) asks the server of `gs://bucket`, see tests/bucket_server.py, where this and other processes find it."""
-    server = subprocess.Popen([sys.executable, ROOT / "tests" / "bucket_server.py"], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True)  # fmt: skip
-    address = server.stdout.readline().strip()
-    # A token for TensorStore, which otherwise looks for one in the cloud.
-    known = {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none"}
-    before = {name: os.environ.get(name) for name in known}
-    os.environ.update(known)
-
-    def ask(what: str) -> dict:
-        with urllib.request.urlopen(f"{address}/tests/{what}", timeout=30) as answer:
-            return json.load(answer)
-
-    yield ask
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-    server.communicate("")
+from pwkd_jax.weights import pytorch
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -268,6 +246,60 @@ def test_a_finished_run_on_a_bucket_trains_nothing_again_and_is_reported(trained
     assert "pwkd" in (said := capsys.readouterr().out) and f"Report: {workdir}/again.html" in said
     assert "<svg" in storage.read(workdir / "again.html")
     assert report.main([str(workdir), f"{workdir}/"]) == 2 and "is given twice" in capsys.readouterr().err
+
+
+def test_runs_and_exports_on_a_bucket_score_as_on_a_disk(trained, tmp_path, capsys):
+    disk, workdir = trained
+    student, teacher = "students/pwkd/seed0", "teacher/slimmable"
+    timed = {"target", "teacher", "images_per_second"}
+    for target, more in ((student, {"teacher": teacher}), (f"{student}/checkpoints/12", {}), (f"{teacher}", {"width": 0.5})):
+        own, other = (
+            evaluate.evaluate(str(w / target), **{k: str(w / v) if k == "teacher" else v for k, v in more.items()})
+            for w in (disk, workdir)
+        )
+        assert {k: v for k, v in own.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+    for out in (tmp_path / "out", workdir / "out"):
+        assert export.main([str(workdir / student), f"--out={out}", "--platforms=cpu", "--model=test_training:Tiny"]) == 0
+    assert f"{workdir}/out/model.stablehlo (" in capsys.readouterr().out
+    for name in ("model.safetensors", "model.json", "model.stablehlo"):
+        assert storage.read_bytes(tmp_path / "out" / name) == storage.read_bytes(workdir / "out" / name)
+    for target in ("out", "out/model.stablehlo"):
+        found = evaluate.evaluate(str(workdir / target), model="" if "stable" in target else "test_training:Tiny")
+        assert found["top1"] == pytest.approx(evaluate.evaluate(str(disk / student))["top1"])
+    for target, sentence in ((workdir, "there are students/pwkd/seed0, teacher/slimmable in it"),
+                             (workdir / "nothing", "there is no such file or directory"),
+                             (f"{workdir}/{student}/checkpoints/13", "no such file")):  # fmt: skip
+        assert evaluate.main([str(target)]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_weights_are_converted_from_and_to_a_bucket(bucket, tmp_path):
+    model, place = models.create("resnet8", num_classes=100), storage.path(f"gs://bucket/{tmp_path.name}")
+    content = save(pytorch.to_torch(model, made_up(model, (32, 32, 3))))
+    found = []
+    for folder in (tmp_path, place):
+        storage.replace(folder / "given.safetensors", content)
+        assert convert.main([f"{folder}/given.safetensors", "--model=resnet8", f"--out={folder}/r.safetensors"]) == 0
+        found.append((storage.read_bytes(folder / "r.safetensors"), storage.read(folder / "r.json")))
+    assert found[0] == found[1]
+    assert convert.main([f"{place}/nothing.pth", "--model=resnet8", f"--out={place}/r.safetensors"]) == 2
+
+
+def test_a_sweep_on_a_bucket_shares_its_teacher_and_takes_weights(trained, capsys):
+    """Points borrow the teacher of another workdir there (teacher.run); that one is a file there (teacher.weights)."""
+    root, given = storage.path("gs://bucket/sweep"), trained[1] / "teacher/slimmable/width_1.safetensors"
+    text = toml("'student.schedule.peak' = [0.1, 0.2]", arms="kd_standard", **{
+        "teacher.weights": str(given), "teacher.order": "none", "student.duration": "8 steps",
+    })  # fmt: skip
+    storage.replace(root.parent / "points.toml", text)
+    assert sweep.main([f"{root.parent}/points.toml", f"--root={root}", "--run=all"]) == 0
+    assert storage.names(root) == ["peak=0.1", "peak=0.2", "sweep.json", "teachers"]
+    (lender,) = storage.holding(root / "teachers", "summary.json")
+    kept = (lender / "teacher/standard/width_1.safetensors", root / "peak=0.1/teacher/standard/width_1.safetensors")
+    assert storage.read_bytes(kept[0]) == storage.read_bytes(kept[1])
+    capsys.readouterr()
+    assert report.main([str(root)]) == 0
+    assert "2 experiments" in capsys.readouterr().out and storage.is_file(root / "results.csv")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ methods, of which only those that put names together are used elsewhere. Everyth
 
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePath
 from types import ModuleType
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from pwkd_jax.errors import UserError
 from pwkd_jax.storage import local
@@ -23,8 +24,9 @@ from pwkd_jax.storage.local import Held
 from pwkd_jax.storage.shapes import misfit
 
 __all__ = [
-    "Held", "Unreachable", "above", "absolute", "exists", "failure", "holding", "is_file", "is_folder", "lines", "lock", "misfit",
-    "names", "outbox", "path", "put_aside", "read", "read_bytes", "record", "remove", "replace", "same", "saved_steps", "size",
+    "Entry", "Held", "Unreachable", "above", "absolute", "exists", "failure", "holding", "is_file", "is_folder", "lines", "listed",
+    "lock", "misfit", "names", "opened", "outbox", "path", "put_aside", "read", "read_bytes", "read_part", "record", "remove",
+    "replace", "same", "saved_steps", "size",
 ]  # fmt: skip
 
 
@@ -35,6 +37,13 @@ class Unreachable(UserError, OSError):
 
     def __str__(self) -> str:
         return f"{self.filename or 'gs://'}: cannot be read or written ({self.strerror})"
+
+
+class Entry(NamedTuple):
+    """Of an object: its size in bytes, and its CRC-32C as the bucket writes it."""
+
+    size: int
+    crc32c: str
 
 
 def path(text: str | PurePath, option: str = "") -> Path:
@@ -120,6 +129,21 @@ def record(place: Path, shape: Any) -> Any:
 def read_bytes(place: Path) -> bytes:
     """The content of a file. Raises OSError."""
     return _home(place).read_bytes(place)
+
+
+def read_part(place: Path, start: int, end: int) -> bytes:
+    """Of an object the bytes from `start` to before `end`. Raises OSError."""
+    return _bucket().read_part(place, start, end)
+
+
+def listed(place: Path) -> dict[str, Entry]:
+    """All objects below a place on a bucket, by their names from there on. Raises OSError."""
+    return {name: Entry(*found) for name, found in _bucket().listed(place).items()}
+
+
+def opened(place: Path) -> IO[bytes]:
+    """A file to read here and there, of a bucket whole in memory. Raises OSError."""
+    return place.open("rb") if isinstance(place, Path) else io.BytesIO(read_bytes(place))
 
 
 def size(place: Path) -> int:

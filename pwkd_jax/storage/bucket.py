@@ -162,6 +162,18 @@ def _objects(folder: Path) -> list[str]:
         return [name.removeprefix(own) for name in files().find(str(folder)) if name.startswith(own)]
 
 
+def listed(folder: Path) -> dict[str, tuple[int, str]]:
+    own = str(folder).removeprefix("gs://") + "/"
+    with plain(folder):
+        found = files().find(str(folder), detail=True)
+    return {name.removeprefix(own): (entry["size"], entry["crc32c"]) for name, entry in found.items() if name.startswith(own)}
+
+
+def read_part(path: Path, start: int, end: int) -> bytes:
+    with plain(path):
+        return files().cat_file(str(path), start=start, end=end)
+
+
 def holding(folder: Path, name: str) -> list[Path]:
     parts = [Path(found).parts for found in _objects(folder)]
     return sorted({folder.joinpath(*p[: p.index(name)]) for p in parts if name in p})

@@ -3,8 +3,9 @@
 It is made by a request that fails where there is one already. Its holder writes it anew every RENEW seconds, and removes it at
 the end. One that was not renewed for LEASE seconds, by the bucket's own clock, is of a holder that died or was cut off: who
 meets it waits until then, and takes it over by a request that fails where someone else has changed it. So a command that was
-killed can be given again at once; it begins at most LEASE seconds later, and immediately where its holder was a process of this
-machine that is no more. A holder that finds its lock to be another's, having slept through its lease, ends at once.
+killed can be given again at once; it begins at most LEASE seconds later, and immediately where its holder was a process of
+this machine that is no more. A holder that slept through its lease finds its lock to be another's when it is to renew it, and
+ends at once.
 """
 
 import contextlib
@@ -31,9 +32,9 @@ def hold(path: Path) -> Iterator[None]:
     """Hold the object at `path` until the end of the block. Raises Held, and OSError where it cannot be written."""
     content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
                           "process": _process(os.getpid())})  # fmt: skip
-    generation = _take(path, content)
+    ours = [_take(path, content)]
     ended = threading.Event()
-    keeper = threading.Thread(target=_keep, args=(path, content, generation, ended), daemon=True)
+    keeper = threading.Thread(target=_keep, args=(path, content, ours, ended), daemon=True)
     keeper.start()
     try:
         yield
@@ -41,7 +42,7 @@ def hold(path: Path) -> Iterator[None]:
         ended.set()
         keeper.join()
         with contextlib.suppress(OSError):  # then it is free when its lease ends
-            bucket.remove(path, missing_ok=True)
+            _request("DELETE", path, ours[0])
 
 
 def _take(path: Path, content: str) -> str:
@@ -72,14 +73,14 @@ def _take(path: Path, content: str) -> str:
         time.sleep(POLL)
 
 
-def _keep(path: Path, content: str, generation: str, ended: threading.Event) -> None:
-    """Renew until `ended`. A request that fails is tried again: the lease is long enough for some."""
+def _keep(path: Path, content: str, ours: list[str], ended: threading.Event) -> None:
+    """Renew until `ended`. ours: [its generation]. A request that fails is tried again: the lease is long enough for some."""
     while not ended.wait(RENEW):
         try:
-            generation = _write(path, content, generation)
+            ours[0] = _write(path, content, ours[0])
         except FileExistsError:
             if _ours(path, content):  # an answer that was lost on its way
-                generation = _look(path)[1]
+                ours[0] = _look(path)[1]
                 continue
             print(f"error: another command has taken {path} over, for this one did not renew it in {LEASE:.0f} s; the same "
                   "command continues from the last checkpoint", file=sys.stderr, flush=True)  # fmt: skip
@@ -99,11 +100,18 @@ def _ours(path: Path, content: str) -> bool:
 
 def _write(path: Path, content: str, generation: str) -> str:
     """Write the object if it is of that generation ("0": not there); its new one. Raises FileExistsError, OSError."""
+    return json.loads(_request("POST", path, generation, data=content.encode()))["generation"]
+
+
+def _request(method: str, path: Path, generation: str, **options) -> bytes:
+    """What gcsfs has no name for: a request of an object that has to be of that generation."""
     files, (name, key) = bucket.files(), str(path).removeprefix("gs://").split("/", 1)
+    where = ["b/{}/o/{}", name, key]
+    if method == "POST":
+        where = [f"{files._location}/upload/storage/v1/b/{name}/o"]
+        options |= {"uploadType": "media", "name": key}
     with bucket.plain(path):
-        made = sync(files.loop, files._call, "POST", f"{files._location}/upload/storage/v1/b/{name}/o", uploadType="media",
-                    name=key, ifGenerationMatch=generation, data=content.encode(), json_out=True)  # fmt: skip
-    return made["generation"]
+        return sync(files.loop, files._call, method, *where, ifGenerationMatch=generation, **options)[1]
 
 
 def _look(path: Path) -> tuple[dict, str, float]:

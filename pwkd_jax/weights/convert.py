@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from pwkd_jax import models, weights
+from pwkd_jax import models, storage, weights
 from pwkd_jax.data import check_normalisation
 from pwkd_jax.errors import UserError
 from pwkd_jax.weights import pytorch
@@ -37,7 +37,7 @@ def convert(
         raise UserError(f"{file}: does not fit '{model}': there is no classifier among its {len(found)} tensors")
     size = image_size or (224 if model.startswith(("imagenet_", "vit_")) else 32)
     shape = (size, size, channels)
-    with open(file, "rb") as content:
+    with storage.opened(file) as content:
         source = {"file": file.name, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
     network = models.create(model, num_classes=classes)
     variables = pytorch.to_flax(str(file), model, network, shape, found, ignore)

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pwkd_jax import models, weights
+from pwkd_jax import models, storage, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.weights import files
 
@@ -64,7 +64,8 @@ def read(path: Path, key: str = "") -> dict[str, np.ndarray]:
         # weights_only: an unpickler that knows tensors and containers, and refuses every other name.
         with warnings.catch_warnings(), torch.serialization.safe_globals(harmless):
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            source = path if isinstance(path, Path) else storage.opened(path)
+            content = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         reason = str(e)
         if "Unsupported" in reason or "GLOBAL" in reason:
