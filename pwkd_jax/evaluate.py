@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--teacher-width", type=float)
     parser.add_argument("--data", help="digits, folder or a TFDS name; by default what it was trained on")
     parser.add_argument("--data-dir", help="where TFDS sets lie, or the folder")
+    parser.add_argument("--copy", default="", help="where --data-dir is on gs://: the folder into which it is copied once")
     parser.add_argument("--split", help="as in test or validation[:1000]; by default the experiment's test split, or test")
     parser.add_argument("--image-size", type=int, help="0: images of one size, in RAM; by default as it was trained, or what "
                         "the model takes where the data set has images of many sizes")  # fmt: skip

@@ -46,6 +46,7 @@ def default() -> ConfigDict:
     config.data = ConfigDict({
         "name": "digits",  # scikit-learn's digits, any TFDS image classification set, or folder: SPLIT/CLASS/IMAGE
         "data_dir": "",  # where TFDS sets lie, or the folder; '' is TFDS's own default, ~/tensorflow_datasets
+        "copy": "",  # of a data_dir on gs://: the folder of each machine into which what is needed of it is copied once
         "train_split": "train",  # TFDS slicing, train[:5000]; or stratified(train, 80%), so much of each class
         "test_split": "test",  # of that, what is left: stratified(train, 80%:); another draw: stratified(train, 80%:, seed=1)
         "num_classes": 0,  # 0: as the data set says; otherwise it must agree

@@ -4,6 +4,7 @@ counter only (`pipeline`); arrays and iterables of one's own (`user_data`); and 
 random crops and flips on uint8, then normalisation to float32 (`augment`)."""
 
 from pwkd_jax.data.augment import augment, channel_statistics, normalise
+from pwkd_jax.data.copies import copied
 from pwkd_jax.data.normalisation import check_normalisation
 from pwkd_jax.data.pipeline import Pipeline
 from pwkd_jax.data.sources import class_names, load, load_split, many_sizes
@@ -24,6 +25,7 @@ __all__ = [
            "channel_statistics",
            "check_normalisation",
            "class_names",
+           "copied",
            "eval_batches",
            "load",
            "load_split",

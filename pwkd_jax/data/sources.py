@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from pwkd_jax.data import slices
+from pwkd_jax.data.copies import copied
 from pwkd_jax.data.records import Records
 from pwkd_jax.data.records import find as _find
 from pwkd_jax.data.slices import Range
@@ -106,6 +107,7 @@ def many_sizes(name: str, data_dir: str, split: str = "") -> bool:
 
 def _store(name: str, data_dir: str, specs: Mapping[str, str] | None = None, pixel_range: tuple[float, ...] = ()) -> _Store:
     """specs: {key: specification} of the splits that will be read; None: of them all."""
+    copied(name, data_dir, "", {})
     if name == "folder":
         return _folder(data_dir, specs, pixel_range)
     return _digits() if name == "digits" else _tfds(name, data_dir)

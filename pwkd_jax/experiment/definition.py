@@ -259,7 +259,8 @@ def prepare(config: ConfigDict) -> Experiment:
     """Read the data and check that everything fits, by shapes alone. Raises UserError; writes nothing."""
     mesh, d = sharding.make_mesh(config.mesh.model), config.data
     check_batches(config, mesh)
-    dataset = data.load(d.name, d.data_dir, d.train_split, d.test_split, d.num_classes, streaming(config), d.pixel_range)
+    folder = data.copied(d.name, d.data_dir, d.copy, {f"data.{s}_split": d[f"{s}_split"] for s in ("train", "test")})
+    dataset = data.load(d.name, folder, d.train_split, d.test_split, d.num_classes, streaming(config), d.pixel_range)
     keys = ("data.data_dir" if d.data_dir else "data.name", "data.test_split")
     soundness.check(dataset.train, dataset.test, dataset.num_classes, dataset.classes, keys, d.train_split)
     dispatch.most(config.steps_per_dispatch, dispatch.on_device(d.on_device, dataset.train))

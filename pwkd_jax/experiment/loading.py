@@ -51,7 +51,7 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
     source = {"experiment": config.name, "data": facts["name"], "test_split": config.data.test_split, "run": "/".join(parts),
               "digests": facts.get("digests", {}), "made_with": {k: made[k] for k in versions() if k in made}}  # fmt: skip
     split = {key: config.data[key] for key in ("name", "data_dir", "test_split")}
-    split |= {key: config.data[key] for key in ("image_size", "resize", "pixel_range")}
+    split |= {key: config.data[key] for key in ("copy", "image_size", "resize", "pixel_range")}
     read = _teacher if parts[0] == "teacher" else _student
     found, variables, about = read(target, workdir, run, step, width, config, facts)
     card = weights.card(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pwkd_jax import data, storage
-from pwkd_jax.data import class_names
+from pwkd_jax.data import class_names, copied
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import exported, loading
 from pwkd_jax.experiment.definition import other_classes
@@ -33,7 +33,7 @@ class Scored(NamedTuple):
 def evaluate(
     target: str, width: float | None = None, teacher: str | None = None, teacher_width: float | None = None,
     data: str | None = None, data_dir: str | None = None, split: str | None = None, batch_size: int = 256, model: str = "",
-    image_size: int | None = None, resize: int | None = None, workers: int = -1,
+    image_size: int | None = None, resize: int | None = None, workers: int = -1, copy: str = "",
 ) -> dict:  # fmt: skip
     """{"target", "model", "data", "split", "images", "images_per_second", the keys of `scores.summary`, and with a teacher
     "teacher": {"target", "model", its own scores}}. Raises UserError."""
@@ -48,6 +48,7 @@ def evaluate(
         raise UserError(f"--data: {target} does not say what it was trained on; name a data set")
     folder = data_dir if data_dir is not None else (own.data["data_dir"] if data is None else "")
     known = own.data if data is None else {}
+    folder = copied(name, folder, copy or known.get("copy", ""), {"--split": split})
     images = _split(name, folder, split, own, target, image_size, resize, workers, known)
     digest = own.data.get("digest") if data is None and split == own.data["test_split"] else None
     if digest and record.of_split(images) not in (None, digest):

@@ -16,7 +16,7 @@ from pwkd_jax.experiment import results
 from pwkd_jax.experiment.workdir import changed_since, differences, settings
 
 # Neither changes a teacher: where the data lie, and where it came from itself.
-FREE = ("data.data_dir", "teacher.run")
+FREE = ("data.data_dir", "data.copy", "teacher.run")
 
 
 def identity(known: dict) -> dict:

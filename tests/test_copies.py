@@ -1,0 +1,121 @@
+"""Data on a bucket: what a run needs of them is copied onto a disk once, checked, and continued where it was stopped."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_commands import TINY
+
+from pwkd_jax import data, storage, train
+from pwkd_jax.data import copies
+from pwkd_jax.errors import UserError
+
+SPECS = {"data.train_split": "train", "data.test_split": "test"}
+
+
+@pytest.fixture
+def photos(bucket, tmp_path):
+    """(a folder of images, the same on a bucket with a split more)."""
+    place = storage.path(f"gs://bucket/{tmp_path.name}/photos")
+    rng = np.random.default_rng(0)
+    for split in ("train", "test", "more"):
+        for name in ("ant", "bee"):
+            for i in range(8):
+                file = tmp_path / "photos" / split / name / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 255, (8, 8, 3)).astype(np.uint8)).save(file)
+                storage.replace(place / split / name / f"{i}.png", file.read_bytes())
+    storage.replace(place / "about.txt", "by hand")
+    return tmp_path / "photos", place
+
+
+def gets(ask) -> list[str]:
+    return [name for name in ask("counts") if name.startswith("GET") and name.endswith(".png")]
+
+
+def test_images_are_copied_once_and_again_where_they_changed(photos, bucket, tmp_path, capsys):
+    folder, place = photos
+    found = data.copied("folder", str(place), str(tmp_path / "ssd"), SPECS)
+    assert found == str(tmp_path / "ssd" / "bucket" / tmp_path.name / "photos")
+    assert f"copying 33 files, 0.00 GB, from {place} to {found}\n" in capsys.readouterr().err
+    assert sorted(p.name for p in Path(found).iterdir() if p.name[0] != ".") == ["about.txt", "test", "train"]
+    own, copy = (data.load("folder", str(where)) for where in (folder, found))
+    for split in ("train", "test"):
+        assert np.array_equal(getattr(own, split).images, getattr(copy, split).images)
+    bucket("forget")
+    assert data.copied("folder", str(place), str(tmp_path / "ssd"), SPECS) == found
+    assert not gets(bucket) and capsys.readouterr().err == ""
+    storage.replace(place / "train" / "ant" / "3.png", (folder / "train" / "bee" / "3.png").read_bytes())
+    data.copied("folder", str(place), str(tmp_path / "ssd"), SPECS)
+    assert gets(bucket) == [f"GET {tmp_path.name}/photos/train/ant/3.png"]
+    assert (Path(found) / "train/ant/3.png").read_bytes() == (folder / "train/bee/3.png").read_bytes()
+
+
+def test_a_copy_goes_on_where_it_was_stopped(bucket, tmp_path, monkeypatch):
+    """Half a file, a whole one that nobody wrote down, and a damaged one."""
+    monkeypatch.setattr(copies, "_CHUNK", 1000)
+    place, target = storage.path(f"gs://bucket/{tmp_path.name}/d"), tmp_path / "ssd" / "bucket" / tmp_path.name / "d"
+    content = {name: np.random.default_rng(i).bytes(4500) for i, name in enumerate(("half", "whole", "bad"))}
+    for name, value in content.items():
+        storage.replace(place / "train" / name, value)
+    storage.replace(target / "train" / "half.part", content["half"][:2300])
+    storage.replace(target / "train" / "whole", content["whole"])
+    storage.replace(target / "train" / "bad.part", content["half"][:2300])
+    bucket("forget")
+    data.copied("folder", str(place), str(tmp_path / "ssd"), SPECS)
+    asked = bucket("counts")
+    assert {name: (target / "train" / name).read_bytes() for name in content} == content
+    reads = [asked.get(f"GET {tmp_path.name}/d/train/{name}", 0) for name in ("half", "whole", "bad")]
+    assert reads == [3, 0, 3 + 5]
+    assert set(json.loads((target / ".copied.json").read_text())) == {f"train/{name}" for name in content}
+    assert not list(target.rglob("*.part"))
+
+
+def test_of_a_tfds_set_the_newest_version_and_the_splits_asked_for(bucket, tmp_path):
+    place = storage.path(f"gs://bucket/{tmp_path.name}")
+    files = [f"1.9.0/{n}" for n in ("dataset_info.json",)]
+    files += [f"1.10.0/{n}" for n in ("dataset_info.json", "features.json", "label.labels.txt")]
+    files += [f"1.10.0/mine-{split}.array_record-0000{i}-of-00002" for split in ("train", "test", "extra") for i in (0, 1)]
+    for file in files:
+        storage.replace(place / "mine" / file, file)
+    for name, version, count in (("mine", "1.10.0", 7), ("mine:1.9.0", "1.9.0", 1)):
+        found = Path(data.copied(name, str(place), str(tmp_path / version), SPECS))
+        there = sorted(p.relative_to(found).as_posix() for p in found.rglob("*") if p.is_file() and p.name[0] != ".")
+        assert there == sorted(f"mine/{f}" for f in files if f.startswith(version) and "extra" not in f) and len(there) == count
+    with pytest.raises(UserError, match=r"holds no prepared data set 'yours' \(it holds mine\)"):
+        data.copied("yours", str(place), str(tmp_path), SPECS)
+
+
+def test_what_cannot_be_copied_is_said_in_a_sentence(photos, bucket, tmp_path, monkeypatch, capsys):
+    _, place = photos
+    with pytest.raises(UserError, match=r"data\.data_dir: '.*' is not a folder of this machine; give data\.copy=DIR"):
+        data.load("folder", str(place))
+    (tmp_path / "file").write_text("")
+    for name, where, sentence in (("folder", "gs://bucket/x", r"data\.copy: 'gs://bucket/x' is not a folder of this machine"),
+                                  ("folder", tmp_path / "file", r"data\.copy: '.*' cannot be written")):  # fmt: skip
+        with pytest.raises(UserError, match=sentence):
+            data.copied(name, str(place), str(where), SPECS)
+    with pytest.raises(UserError, match=r"there is nothing at 'gs://bucket/void'"):
+        data.copied("folder", "gs://bucket/void", str(tmp_path), SPECS)
+    usage = copies.shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(copies.shutil, "disk_usage", lambda _: usage._replace(free=10))
+        with pytest.raises(UserError, match=r"has 0\.0 GB free, and 0\.0 GB are to be copied there; give another folder"):
+            data.copied("folder", str(place), str(tmp_path / "full"), SPECS)
+    listed = storage.listed
+    with monkeypatch.context() as m:
+        m.setattr(storage, "listed", lambda p: {n: e._replace(crc32c="AAAAAA==") for n, e in listed(p).items()})
+        with pytest.raises(UserError, match=r"comes with another checksum than the bucket gives for it"):
+            data.copied("folder", str(place), str(tmp_path / "bad"), SPECS)
+    capsys.readouterr()
+    bucket("refuse?code=403")
+    try:
+        options = ["--config.data.name=folder", f"--config.data.data_dir={place}", f"--config.data.copy={tmp_path}"]
+        assert train.main([TINY[0], *(o for o in TINY[1:] if "_split" not in o), *options, f"--workdir={tmp_path / 'w'}"]) == 2
+    finally:
+        bucket("refuse?code=0")
+    error = capsys.readouterr().err
+    assert error == f"error: {place}: cannot be read or written (access is forbidden: not yours)\n"
+    assert not (tmp_path / "w").exists()
