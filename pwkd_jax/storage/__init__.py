@@ -24,9 +24,9 @@ from pwkd_jax.storage.local import Held
 from pwkd_jax.storage.shapes import misfit
 
 __all__ = [
-    "Entry", "Held", "Unreachable", "above", "absolute", "exists", "failure", "holding", "is_file", "is_folder", "lines", "listed",
-    "lock", "misfit", "names", "opened", "outbox", "path", "put_aside", "read", "read_bytes", "read_part", "record", "remove",
-    "replace", "same", "saved_steps", "size",
+    "Entry", "Held", "Unreachable", "above", "absolute", "exists", "failure", "holding", "is_file", "is_folder", "lines",
+    "listed", "lock", "misfit", "names", "opened", "outbox", "path", "put_aside", "read", "read_bytes", "read_part", "record",
+    "remove", "replace", "same", "saved_steps", "size",
 ]  # fmt: skip
 
 
