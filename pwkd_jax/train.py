@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 
 if __name__ == "__main__":  # the imports below take seconds, in which there is nothing to save
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell has put this in the background
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
 
 from absl import logging
 from ml_collections import ConfigDict
