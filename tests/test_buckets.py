@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import test_hosts
 from conftest import identical, made_up
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save
@@ -22,6 +23,7 @@ from test_sweep import toml
 
 from pwkd_jax import convert, evaluate, export, models, report, storage, sweep, train
 from pwkd_jax.errors import UserError
+from pwkd_jax.training import writers
 from pwkd_jax.weights import pytorch
 
 
@@ -318,3 +320,52 @@ def test_a_bucket_that_cannot_be_written_is_said_first(code, workdir, sentence, 
         assert re.fullmatch(r"error: gs://[^\n]*\n", capsys.readouterr().err)
     finally:
         bucket("refuse?code=0")
+
+
+def test_a_bucket_that_stops_to_answer_asks_to_be_resumed(bucket, monkeypatch, capsys):
+    flush = writers.Writer.flush
+
+    def refused(self) -> None:
+        bucket("refuse?code=403")
+        flush(self)
+
+    monkeypatch.setattr(writers.Writer, "flush", refused)
+    options = [*TINY, "--config.arms=alone", "--config.student.duration=8 steps", "--workdir=gs://bucket/lost"]
+    try:
+        assert train.main(options) == 75
+    finally:
+        bucket("refuse?code=0")
+    run = "gs://bucket/lost/students/alone/seed0"
+    error = f"error: {run}/metrics.jsonl: cannot be read or written (access is forbidden: not yours)\n"
+    assert error in (said := capsys.readouterr().err) and "Traceback" not in said
+    monkeypatch.undo()
+    storage.remove(storage.path("gs://bucket/lost/.lock"))  # it could not be removed then, and its holder is this process
+    assert train.main(options) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_workdir_on_a_bucket(bucket, tmp_path):
+    """Both stopped by a SIGTERM to one, and given again: as one process of two devices on a disk."""
+    whole, workdir = tmp_path / "whole", storage.path("gs://bucket/two/w")
+
+    def start(place: Path, devices: int, *by_hand: str) -> subprocess.Popen:
+        line, environment = command(*test_hosts.ARMS, f"--workdir={place}", *by_hand)
+        environment["JAX_NUM_CPU_DEVICES"] = str(devices)
+        return subprocess.Popen(line, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def pair() -> list[subprocess.Popen]:
+        address = f"--coordinator=localhost:{test_hosts.free_port()}"
+        return [start(workdir, 1, address, "--processes=2", f"--process={i}") for i in (0, 1)]
+
+    assert [code for code, _ in test_hosts.ends([start(whole, 2)])] == [0]
+    processes = pair()
+    saved, deadline = workdir / "teacher/slimmable/checkpoints", time.monotonic() + 300
+    while 5 not in storage.saved_steps(saved) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [code for code, _ in test_hosts.ends(processes)] == [75, 75]
+    assert ".lock" not in storage.names(workdir) and not storage.exists(workdir / "summary.json")
+    assert [code for code, _ in test_hosts.ends(pair())] == [0, 0]
+    for run in test_hosts.RUNS:
+        assert identical(test_hosts.final(whole, run), test_hosts.final(workdir, run))
+        assert numbers(whole, run) == numbers(workdir, run)
