@@ -9,15 +9,16 @@
 #
 # --dry-run prints the commands and runs none. Needs xpk (pip install xpk), gcloud, kubectl, docker or crane, and a cluster.
 # Example:  CLUSTER=mine NAME=run1 TYPE=v6e-16 ZONE=us-east5-b bash launch/gke_xpk.sh run -- \
-#             --config=configs/imagenet.py:resnet34-resnet18 --workdir=/mnt/share/runs/a
+#             --config=configs/imagenet.py:resnet34-resnet18 --workdir=gs://BUCKET/runs/a \
+#             --config.data.data_dir=gs://BUCKET/tfds --config.data.copy=/tmp/data
 #
 # CLUSTER, NAME, TYPE         the cluster, the workload (small letters, digits, -), and the TPU type
 # ZONE, PROJECT               default: gcloud's own
 # SLICES                      slices of the workload, default 1
 # IMAGE                       a container with the requirements in its python; default: python:3.12-slim, which installs at start
 # MAX_RESTARTS                default 100
-# XPK_ARGS                    further options of xpk workload create, such as --priority=high; storage of the cluster is attached
-#                             once with xpk storage, and its mount point is what --workdir names
+# XPK_ARGS                    further options of xpk workload create, such as --priority=high; the nodes' service account
+#                             reads and writes the bucket; a file system is attached once with xpk storage
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=launch/common.sh

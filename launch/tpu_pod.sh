@@ -11,13 +11,14 @@
 #   down     stop and delete everything that was asked for
 #
 # A slice costs money from ACTIVE until `down` says it is deleted, idle or not. --dry-run prints the commands and runs none.
-# Example:  NAME=mine ZONE=us-east5-b TYPE=v6e-16 RUNTIME=v2-alpha-tpuv6e SPOT=1 SETUP='sudo mount 10.0.0.2:/share /mnt' \
-#             bash launch/tpu_pod.sh all -- --config=configs/imagenet.py:resnet34-resnet18 --workdir=/mnt/runs/a
+# Example:  NAME=mine ZONE=us-east5-b TYPE=v6e-16 RUNTIME=v2-alpha-tpuv6e SPOT=1 bash launch/tpu_pod.sh all -- \
+#             --config=configs/imagenet.py:resnet34-resnet18 --workdir=gs://BUCKET/runs/a \
+#             --config.data.data_dir=gs://BUCKET/tfds --config.data.copy=/dev/shm/data
 #
 # NAME, ZONE, TYPE, RUNTIME   of the slice: its name, zone, accelerator type and TPU software version
 # PROJECT                     default: gcloud's own
 # SPOT                        1: a Spot slice, which may be preempted at any time
-# SETUP                       a command for every worker before training, such as mounting the file system of the workdir
+# SETUP                       a command for every worker before training, such as mounting a file system
 # MODULE                      default pwkd_jax.train; pwkd_jax.sweep runs a sweep
 # POLL, MAX_RESTARTS          seconds between two looks, default 30; restarts before it gives up, default 100
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# worker.sh EXTRA: on a machine of a cluster, make .venv beside the code and install requirements.txt and jax[EXTRA] (tpu,
-# cuda13). A second time it is instant. Where no Python 3.11 to 3.13 is found, uv brings one: Cloud TPU images have 3.10.
+# worker.sh EXTRA: on a machine of a cluster, make .venv beside the code and install requirements.txt, jax[EXTRA] (tpu, cuda13)
+# and gcsfs, for workdirs on gs://. A second time it is instant. Where no Python 3.11 to 3.13 is found, uv brings one: Cloud TPU images have 3.10.
 set -euo pipefail
 case "${1:-}" in -h|--help|"") sed -n '2,3s/^# //p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.."
@@ -12,4 +12,4 @@ if ! python=$(find_python 2>/dev/null); then
   "$uv" python install 3.12
   python=$("$uv" python find 3.12)
 fi
-make_venv .venv "$python" "jax[$1]"
+make_venv .venv "$python" "jax[$1]" 'gcsfs>=2026.10'
