@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--workers", type=int, default=_cores(), help="processes; as many as there are cores by default")
     made = argparse.ArgumentParser(add_help=False, parents=[common])
-    made.add_argument("--data-dir", type=Path, required=True, help="where data sets lie, each in its folder")
+    made.add_argument("--data-dir", type=_folder, required=True, help="where data sets lie, each in its folder")
     made.add_argument("--no-checksum", action="store_true", help="also take an archive that is not the official one")
     for name, layout in cifar.LAYOUTS.items():
         command = commands.add_parser(name, parents=[made], help=f"from the binary archive of {layout.title}")
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--labels", type=Path, help="of your own validation images: a synset a line, in file-name order")
     command = commands.add_parser("tfrecord", parents=[common], help="from a TFDS directory in TFRecord, TFDS's default")
     command.add_argument("directory", type=Path, help="one version, as ~/tensorflow_datasets/imagenet2012/5.1.0")
-    command.add_argument("--out", type=Path, help="the data directory to write below; by default that of DIRECTORY, with "
+    command.add_argument("--out", type=_folder, help="the data directory to write below; by default that of DIRECTORY, with "
                          "-array_record added to its name")  # fmt: skip
     options = parser.parse_args(arguments)
     try:
@@ -70,6 +70,14 @@ def prepare(options: argparse.Namespace) -> Path:
         archive = options.archive and options.archive.expanduser()
         plan = cifar.plan(options.what, data_dir, archive, not options.no_checksum)
     return tfds_writer.write(plan, options.workers)
+
+
+def _folder(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a folder; data sets are made on a disk, and then copied there, as by gcloud storage cp -r DIR {text}"
+        )
+    return Path(text)
 
 
 def _done(folder: Path) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from test_commands import TINY
 
-from pwkd_jax import data, storage, train
+from pwkd_jax import data, prepare, storage, train
 from pwkd_jax.data import copies
 from pwkd_jax.errors import UserError
 
@@ -86,6 +86,15 @@ def test_of_a_tfds_set_the_newest_version_and_the_splits_asked_for(bucket, tmp_p
         assert there == sorted(f"mine/{f}" for f in files if f.startswith(version) and "extra" not in f) and len(there) == count
     with pytest.raises(UserError, match=r"holds no prepared data set 'yours' \(it holds mine\)"):
         data.copied("yours", str(place), str(tmp_path), SPECS)
+
+
+@pytest.mark.parametrize("line", [["cifar100", "--data-dir=gs://bucket/x"], ["tfrecord", "x", "--out=gs://bucket/x"]])
+def test_data_sets_are_made_on_a_disk(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as raised:
+        prepare.main(line)
+    assert raised.value.code == 2 and "'gs://bucket/x' is not a folder; data sets are made" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_copied_is_said_in_a_sentence(photos, bucket, tmp_path, monkeypatch, capsys):

@@ -26,7 +26,7 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
     model: the `module:Name` that a file may import, where its model is one's own. kinds: what to offer for a target that is
     none. Raises UserError.
     """
-    path = storage.absolute(storage.path(target))
+    path = storage.absolute(storage.path(target), straight=True)
     if storage.is_file(path / "model.safetensors"):  # the directory of an export
         path = path / "model.safetensors"
     if storage.is_file(path):

@@ -76,9 +76,14 @@ def _home(place: Path) -> ModuleType:
     return local if isinstance(place, Path) else _bucket()
 
 
-def absolute(place: Path) -> Path:
-    """A place that another folder of this process does not change. etils makes a local path of an address (1.15)."""
-    return Path(os.path.abspath(place)) if isinstance(place, Path) else place
+def absolute(place: Path, straight: bool = False) -> Path:
+    """A place that another folder of this process does not change. etils makes a local path of an address (1.15).
+
+    straight: without `..`, as it is written, whatever is a link.
+    """
+    if not isinstance(place, Path):
+        return place
+    return Path(os.path.abspath(place)) if straight else place.absolute()
 
 
 def same(one: Path, other: Path) -> bool:
