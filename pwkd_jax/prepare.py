@@ -75,7 +75,7 @@ def prepare(options: argparse.Namespace) -> Path:
 def _folder(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(
-            f"'{text}' is not a folder; data sets are made on a disk, and then copied there, as by gcloud storage cp -r DIR {text}"
+            f"'{text}' is not a folder; data sets are made on a disk, and then copied there, by gcloud storage cp -r DIR {text}"
         )
     return Path(text)
 

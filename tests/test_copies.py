@@ -1,6 +1,7 @@
 """Data on a bucket: what a run needs of them is copied onto a disk once, checked, and continued where it was stopped."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 from test_commands import TINY
 
-from pwkd_jax import data, prepare, storage, train
+from pwkd_jax import data, evaluate, prepare, storage, train
 from pwkd_jax.data import copies
 from pwkd_jax.errors import UserError
 
@@ -51,6 +52,21 @@ def test_images_are_copied_once_and_again_where_they_changed(photos, bucket, tmp
     data.copied("folder", str(place), str(tmp_path / "ssd"), SPECS)
     assert gets(bucket) == [f"GET {tmp_path.name}/photos/train/ant/3.png"]
     assert (Path(found) / "train/ant/3.png").read_bytes() == (folder / "train/bee/3.png").read_bytes()
+
+
+def test_a_run_of_data_on_a_bucket_is_that_of_the_same_on_a_disk(photos, bucket, tmp_path, capsys):
+    """Also where the workdir goes on with data that moved there; an evaluation brings its own split."""
+    folder, place = photos
+    options = [TINY[0], *(o for o in TINY[1:] if "_split" not in o), "--config.data.name=folder", "--config.arms=alone",
+               "--config.student.duration=8 steps", f"--workdir={tmp_path / 'w'}"]  # fmt: skip
+    there = [f"--config.data.data_dir={place}", f"--config.data.copy={tmp_path / 'ssd'}"]
+    assert train.main([*options, f"--config.data.data_dir={folder}"]) == 0
+    assert train.main([*options, *there, "--config.seeds=2"]) == 0
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "ssd")
+    assert evaluate.main([str(tmp_path / "w/students/alone/seed1"), f"--copy={tmp_path / 'again'}"]) == 0
+    error = capsys.readouterr().err
+    assert f"copying 17 files, 0.00 GB, from {place} to {tmp_path / 'again'}" in error and "warning" not in error
 
 
 def test_a_copy_goes_on_where_it_was_stopped(bucket, tmp_path, monkeypatch):

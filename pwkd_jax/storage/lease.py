@@ -18,8 +18,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fsspec.asyn import sync
-
 from pwkd_jax.storage import bucket
 from pwkd_jax.storage.local import Held
 
@@ -42,7 +40,7 @@ def hold(path: Path) -> Iterator[None]:
         ended.set()
         keeper.join()
         with contextlib.suppress(OSError):  # then it is free when its lease ends
-            _request("DELETE", path, ours[0])
+            bucket.request("DELETE", path, ifGenerationMatch=ours[0])
 
 
 def _take(path: Path, content: str) -> str:
@@ -100,18 +98,7 @@ def _ours(path: Path, content: str) -> bool:
 
 def _write(path: Path, content: str, generation: str) -> str:
     """Write the object if it is of that generation ("0": not there); its new one. Raises FileExistsError, OSError."""
-    return json.loads(_request("POST", path, generation, data=content.encode()))["generation"]
-
-
-def _request(method: str, path: Path, generation: str, **options) -> bytes:
-    """What gcsfs has no name for: a request of an object that has to be of that generation."""
-    files, (name, key) = bucket.files(), str(path).removeprefix("gs://").split("/", 1)
-    where = ["b/{}/o/{}", name, key]
-    if method == "POST":
-        where = [f"{files._location}/upload/storage/v1/b/{name}/o"]
-        options |= {"uploadType": "media", "name": key}
-    with bucket.plain(path):
-        return sync(files.loop, files._call, method, *where, ifGenerationMatch=generation, **options)[1]
+    return json.loads(bucket.request("POST", path, ifGenerationMatch=generation, data=content.encode()))["generation"]
 
 
 def _look(path: Path) -> tuple[dict, str, float]:
