@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# worker.sh EXTRA: on a machine of a cluster, make .venv beside the code and install requirements.txt, jax[EXTRA] (tpu, cuda13)
-# and gcsfs, for workdirs on gs://. A second time it is instant. Where no Python 3.11 to 3.13 is found, uv brings one: Cloud TPU images have 3.10.
+# worker.sh EXTRA: on a machine of a cluster, make .venv beside the code, of requirements.txt, jax[EXTRA] (tpu, cuda13) and gcsfs
+# (workdirs on gs://); a second time it is instant. Without a Python 3.11 to 3.13 (Cloud TPU images have 3.10), uv brings one.
 set -euo pipefail
 case "${1:-}" in -h|--help|"") sed -n '2,3s/^# //p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 """Train teachers and students: python -m pwkd_jax.train --config=configs/digits.py --workdir=runs/digits
 
-Overrides: --config.student.schedule.peak=0.1 and the like (pwkd_jax/defaults.py lists every key). The same command again
+Overrides: --config.student.schedule.peak=0.1 and the like (pwkd_jax/config/schema.py has every key). The same command again
 continues a stopped run, and adds what arms or seeds it newly asks for.
 
 On several machines the same command runs on each, with one --workdir that all share. Cloud TPU, SLURM, Kubernetes and Open MPI

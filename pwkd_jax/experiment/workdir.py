@@ -58,7 +58,7 @@ def claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
 
     facts: of the data, see `definition.data_facts`. Those of the first command stay: its runs were made with them.
     """
-    path, made_with = workdir / "config.json", workdir / "made_with.json"
+    path, known = workdir / "config.json", workdir / "data.json"
     changed_since(workdir)
     if storage.exists(path):
         before, now = settings(workdir), dict(leaves(config))
@@ -70,7 +70,6 @@ def claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
                 f"--workdir: '{workdir}' holds runs with {key} = {before.get(key)!r}, not {now.get(key)!r}{more}; "
                 "give another workdir"
             )
-    known = workdir / "data.json"
     if storage.exists(known):
         before = storage.record(known, {"digests?": {}})
         if changed := differences(before, facts):
@@ -81,7 +80,8 @@ def claim(workdir: Path, config: ConfigDict, facts: dict) -> None:
     try:
         storage.replace(path, config.to_json(indent=2) + "\n")
         if not storage.exists(known):
-            storage.replace(made_with, json.dumps({"format": FORMAT, "version": VERSION, **environment()}, indent=2) + "\n")
+            made = {"format": FORMAT, "version": VERSION, **environment()}
+            storage.replace(workdir / "made_with.json", json.dumps(made, indent=2) + "\n")
             storage.replace(known, json.dumps(facts, indent=2) + "\n")
     except OSError as e:
         raise UserError(f"--workdir: '{workdir}' cannot be written ({e.strerror})") from e
