@@ -192,6 +192,22 @@ def test_a_sum_adds_weighted_methods_and_one_cross_entropy():
             distillers.fields(name)
 
 
+def test_a_width_has_its_own_temperature():
+    rng = np.random.default_rng(2)
+    s, t, batch = outputs(12, rng), outputs(16, rng), {"label": jnp.array([0, 1, 2, 3])}
+    fitted = fit(distillers.create("kd", temperature=3.0), temperatures={0.5: 2.0})
+    summed = fit(distillers.create("kd+rkd", **{"kd.temperature": 3.0}), temperatures={0.5: 2.0})
+    values = {}
+    for width, temperature in ((0.5, 2.0), (1.0, 3.0)):
+        _, _, metrics = fitted({}, {}, width, s, t, batch, distillers.START, jax.random.key(0))
+        values[width] = metrics["distillation"]
+        np.testing.assert_allclose(metrics["distillation"], kd_loss(s.logits, t.logits, temperature), rtol=1e-5)
+    both = [summed({}, {}, w, s, t, batch, distillers.START, jax.random.key(0))[2]["distillation"] for w in (0.5, 1.0)]
+    np.testing.assert_allclose(both[1] - both[0], 0.9 * (values[1.0] - values[0.5]), rtol=1e-3)
+    with pytest.raises(UserError, match=r"student\.temperatures: AT has no temperature"):
+        fit(distillers.create("at"), temperatures={0.5: 2.0})
+
+
 def test_standardised_logits_reach_the_distiller_and_not_the_cross_entropy():
     rng = np.random.default_rng(1)
     s, t, batch = outputs(12, rng), outputs(16, rng), {"label": jnp.array([0, 1, 2, 3])}

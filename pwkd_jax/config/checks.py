@@ -133,6 +133,10 @@ def check(config: ConfigDict) -> None:
     count = len(s.widths or t.widths)
     need("student.stage_shares", not s.stage_shares or (len(s.stage_shares) == count and min(s.stage_shares) > 0),
          f"() or {count} numbers above 0, one for each stage")  # fmt: skip
+    need("student.temperatures", not s.temperatures or (len(s.temperatures) == count and min(s.temperatures) > 0),
+         f"() or {count} numbers above 0, one for each width that teaches")  # fmt: skip
+    given = {*zip(s.widths, s.temperatures, strict=False)}
+    need("student.temperatures", len(given) == len({w for w, _ in given}), "the same for a width that teaches twice")
     need("student.width", 0 < s.width <= 1, "in (0, 1]")
     need("student.ensemble", s.ensemble >= 1, "at least 1")
     need("student.schedule.peak_decay", s.schedule.peak_decay > 0, "above 0")

@@ -102,6 +102,7 @@ def default() -> ConfigDict:
         "stage_shares": (),  # relative lengths, e.g. (30, 30, 60, 120); (): equal
         "reset": (),  # at stage starts: momentum, batch_norm, weights; the rest carries over
         "connectors": "leading",  # a distiller's parameters at a new width: leading block, or reinit
+        "temperatures": (),  # the distiller's, one for each of those widths; (): its own temperature for all
         "standardise_logits": False,  # the distiller sees z-scores of both networks' logits
         "same_crop": True,  # the teacher sees the student's augmented images
         "ensemble": 2,  # stage-end snapshots in the extra row of the results

@@ -39,7 +39,8 @@ class Distillation:
 
     likes: {width: abstract variables when that width teaches}, widest first. standardise: whether the distiller sees
     logits standardised per image (Sun et al., CVPR 2024); the cross entropy never does. draws: whether it asks for other random
-    numbers than its own stream "distiller", as dropout does.
+    numbers than its own stream "distiller", as dropout does. temperatures: {width: the method's while that width teaches}, its
+    own at others.
     """
 
     distiller: nn.Module
@@ -49,6 +50,10 @@ class Distillation:
     likes: dict[float, dict]
     standardise: bool = False
     draws: bool = False
+    temperatures: Mapping[float, float] = dataclasses.field(default_factory=dict)
+
+    def _method(self, width: float) -> nn.Module:
+        return at_temperature(self.distiller, self.temperatures[width]) if width in self.temperatures else self.distiller
 
     def init(self, key: jax.Array) -> tuple[dict, dict]:
         """(params, state) for the widest teacher; an initialiser sees zeros, not images."""
@@ -63,18 +68,18 @@ class Distillation:
 
     def __call__(self, params, state, width: float, student, teacher, batch, progress: Progress, key):
         """(weighted loss, state, metrics) of one batch when the sub-network at `width` teaches."""
-        block, rngs = self._block(params, state, width), protocol.rngs(key, self.draws)
+        block, rngs, method = self._block(params, state, width), protocol.rngs(key, self.draws), self._method(width)
         teacher = jax.lax.stop_gradient(teacher)
         ce = jnp.mean(slimmable.cross_entropy(student.logits, batch["label"]))
         if self.standardise:
             student, teacher = (out._replace(logits=standardise(out.logits)) for out in (student, teacher))
         inputs = (student, teacher, batch, progress)
         with convolution.products():
-            (loss, metrics), new = self.distiller.apply(block, *inputs, rngs=rngs, mutable=list(state))
+            (loss, metrics), new = method.apply(block, *inputs, rngs=rngs, mutable=list(state))
         total = getattr(self.distiller, "ce_weight", 1.0) * ce + getattr(self.distiller, "weight", 1.0) * loss
         if starts(self.distiller):
             with convolution.products():
-                (first, _), started = self.distiller.apply(block, *inputs, rngs=rngs, mutable=list(state), method="initial")
+                (first, _), started = method.apply(block, *inputs, rngs=rngs, mutable=list(state), method="initial")
             now = progress.epoch < self.distiller.initial_epochs
             if not self.distiller.initial_each_stage:
                 now &= progress.stage == 0
@@ -121,7 +126,19 @@ class Distillation:
         self, params: dict, state: dict, width: float, student: models.Outputs, teacher: models.Outputs
     ) -> jax.Array:
         """The logits by which a method that `predicts` wants its student judged."""
-        return self.distiller.apply(self._block(params, state, width), student, teacher, method="predict")
+        return self._method(width).apply(self._block(params, state, width), student, teacher, method="predict")
+
+
+def at_temperature(distiller: nn.Module, temperature: float) -> nn.Module:
+    """The method at another temperature; of a sum, every part that has one. Raises UserError for a method that has none."""
+    if hasattr(distiller, "parts"):
+        has = [hasattr(part, "temperature") for part in distiller.parts]
+        if any(has):
+            parts = (at_temperature(p, temperature) if h else p for p, h in zip(distiller.parts, has, strict=True))
+            return distiller.clone(parts=tuple(parts))
+    elif hasattr(distiller, "temperature"):
+        return distiller.clone(temperature=float(temperature))
+    raise UserError(f"student.temperatures: {type(distiller).__name__} has no temperature; leave the key away")
 
 
 def build(
@@ -131,6 +148,7 @@ def build(
     batch: dict[str, jax.ShapeDtypeStruct],
     *,
     standardise: bool = False,
+    temperatures: Mapping[float, float] | None = None,
 ) -> Distillation:
     """Fit `distiller` to abstract outputs of the student and of the teacher at each width, without allocating.
 
@@ -138,6 +156,9 @@ def build(
     block at some width, or what a method of your own does wrong, see `protocol`.
     """
     protocol.takes(distiller)
+    temperatures = temperatures or {}
+    for temperature in temperatures.values():
+        at_temperature(distiller, temperature)
     teachers = dict(sorted(teachers.items(), reverse=True))
     key = jax.eval_shape(lambda: jax.random.key(0))
     likes = {}
@@ -153,7 +174,7 @@ def build(
             )
     widest = next(iter(teachers))
     draws = protocol.check(distiller, likes[widest], (student, teachers[widest], batch, START))
-    return Distillation(distiller, student, teachers, batch, likes, standardise, draws)
+    return Distillation(distiller, student, teachers, batch, likes, standardise, draws, temperatures)
 
 
 def fit(
@@ -166,6 +187,7 @@ def fit(
     images: int = 0,
     index: bool = True,
     standardise: bool = False,
+    temperatures: Mapping[float, float] | None = None,
 ) -> Distillation:
     """`build` for the models themselves: a student, and the teacher's member at every width, of images [H, W, C].
 
@@ -187,8 +209,9 @@ def fit(
 
     try:
         return build(
-            distiller, outputs(student), {w: outputs(m) for w, m in teachers.items()}, batch, standardise=standardise
-        )
+            distiller, outputs(student), {w: outputs(m) for w, m in teachers.items()}, batch, standardise=standardise,
+            temperatures=temperatures,
+        )  # fmt: skip
     except KeyError as e:
         if e.args[0] in ("index", "dataset_label"):
             raise UserError(

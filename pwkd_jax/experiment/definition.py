@@ -208,10 +208,11 @@ def fit_distiller(
     """The distiller of a config fitted to the student and to those widths of a teacher, by abstract outputs."""
     c = config.student
     options = {k: v for k, v in c.distiller.items() if k != "name"}
+    by_width = c.widths or tuple(sorted(config.teacher.widths))
     return distillers.fit(
         distillers.create(c.distiller.name, **options), student, {w: net.members[w] for w in {*widths, net.widest}},
         tuple(facts["image_shape"]), batch_size=c.batch_size, images=facts["train_images"] if wants_labels(config) else 0,
-        standardise=c.standardise_logits,
+        standardise=c.standardise_logits, temperatures=dict(zip(by_width, c.temperatures, strict=False)),
     )  # fmt: skip
 
 

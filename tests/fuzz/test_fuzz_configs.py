@@ -48,6 +48,7 @@ PLAUSIBLE = {
     "teacher.calibration.batch_size": ("16", "8"), "teacher.calibration.seed": ("0", "3"),
     "student.width": ("0.5", "1.0", "0.125"), "student.widths": ("()", "(1.0,)", "(1.0,0.5)", "(0.5,0.5)"),
     "student.budget": ("total", "per_stage"), "student.stage_shares": ("()", "(1,3)", "(1.5,)"),
+    "student.temperatures": ("()", "(2,4)", "(1.5,2,2.5)"),
     "student.reset": ("", "momentum", "batch_norm,weights", "()"), "student.connectors": ("leading", "reinit"),
     "student.ensemble": ("1", "2", "5"), "student.batches": ("own", "shared"),
     "student.together": ("auto", "unroll", "scan", "vmap", "devices", "none"), "student.teacher_dtype": ("", "bfloat16"),
