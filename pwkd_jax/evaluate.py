@@ -5,7 +5,8 @@
     python -m pwkd_jax.evaluate exported/model.stablehlo --data digits --json
     python -m pwkd_jax.evaluate resnet50.safetensors --data folder --data-dir /my/photos --split validation
 
-Images of many sizes are streamed: shorter side to --resize pixels, then the central --image-size.
+Images of many sizes are streamed: shorter side to --resize pixels, then the central --image-size. On several machines the same
+command runs on each, they share the images, and the first one prints; who is who is said as for `train`.
 
 Prints top-1, top-5, negative log-likelihood, calibration error, images a second and, with --teacher, agreement (how often both
 choose one class) and divergence, the mean KL(teacher || student). Exits with code 2 and one sentence on a mistake.
@@ -20,7 +21,7 @@ from absl import logging
 
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment.scoring import KINDS, evaluate
-from pwkd_jax.training import scores
+from pwkd_jax.training import distributed, scores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,13 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--model", default="", help="module:Name, where a file's model is your own")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
     logging.set_verbosity(logging.ERROR)  # TFDS and Orbax warn of things that a user here cannot act on
     try:
+        options = parser.parse_args(distributed.start(sys.argv[1:] if arguments is None else arguments))
         result = evaluate(**{key: value for key, value in vars(options).items() if key != "json"})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        distributed.leave(error)
+        raise
     print(json.dumps(result, indent=2) if options.json else text(result))
     return 0
 

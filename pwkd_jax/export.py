@@ -10,7 +10,7 @@ batch size, normalises them itself and gives probabilities [batch, classes]; wit
     program = jax.export.deserialize(bytearray(open("exported/model.stablehlo", "rb").read()))
     probabilities = program.call(images)
 
-Exits with code 2 and one sentence on a mistake.
+On several machines the same command runs on each, and the first one writes. Exits with code 2 and one sentence on a mistake.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pwkd_jax import storage
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import loading
 from pwkd_jax.experiment.exporting import export
+from pwkd_jax.training import distributed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,12 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--names", choices=("flax", "torch"), default="flax",
                         help="of the arrays; torch: those, and the layouts, of the model's PyTorch original")  # fmt: skip
     parser.add_argument("--model", default="", help="module:Name, where a file's model is your own")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(distributed.start(sys.argv[1:] if arguments is None else arguments))
         paths = export(**vars(options) | {"out": storage.path(options.out, "--out")})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        distributed.leave(error)
+        raise
     print("\n".join(f"{path} ({storage.size(path):,} bytes)" for path in paths))
     return 0
 

@@ -6,7 +6,8 @@
 
 One work directory: prints its result table and writes its page again (report.html in it, or --out). Several: prints a
 comparison and writes its page (comparison.html here, or --out). The root of a sweep: prints its table, names the points that
-are not finished, and writes results.csv, results.json and report.html into it. Exits with code 2 and one sentence on a mistake.
+are not finished, and writes results.csv, results.json and report.html into it. Of several processes that are told who they are,
+as `train` is, the first reports. Exits with code 2 and one sentence on a mistake.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pwkd_jax.errors import UserError
 from pwkd_jax.reporting import page, sweep
 from pwkd_jax.reporting import summary as summaries
 from pwkd_jax.reporting.comparison import compare, differing, name
+from pwkd_jax.training import cluster
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,8 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("workdir", nargs="+", help="work directory of a training that has ended, or its summary.json")
     parser.add_argument("--out", help="the page: report.html in the one work directory, or comparison.html")
-    options = parser.parse_args(arguments)
     try:
+        who, rest = cluster.given(sys.argv[1:] if arguments is None else arguments)
+        options = parser.parse_args(rest)
+        if who and cluster.by_hand(who)["process_id"]:
+            return 0
         _run(options.workdir, storage.path(options.out, "--out") if options.out else None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

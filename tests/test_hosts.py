@@ -18,7 +18,8 @@ from test_commands import ROOT, TINY, rows
 
 from pwkd_jax import train
 from pwkd_jax.errors import UserError
-from pwkd_jax.training import distributed, preemption
+from pwkd_jax.experiment import exporting, scoring
+from pwkd_jax.training import cluster, distributed, preemption
 
 ARMS = ["--config.arms=pwkd", "--config.log.tensorboard=false"]
 RUNS = ("teacher/slimmable", "students/pwkd/seed0")
@@ -118,6 +119,55 @@ def test_two_processes_equal_one(alone, two):
     summary = json.loads((two / "summary.json").read_text())
     assert summary["environment"]["device_count"] == 8 and (two / "report.html").exists()
     assert not Path(f"{two}.1.log").read_text().count("pwkd"), "only process 0 prints"
+
+
+def both(command: str, *options: str) -> list[tuple[int, str, str]]:
+    """[(exit code, standard output, standard error)] of two processes of two devices each that give one command."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_NUM_CPU_DEVICES": "2"}
+    line = [sys.executable, "-m", f"pwkd_jax.{command}", *options, f"--coordinator=localhost:{free_port()}", "--processes=2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*line, f"--process={i}"], env=environment, cwd=ROOT, **pipes) for i in (0, 1)]
+    try:
+        return [(p.returncode, *said) for p in processes if (said := p.communicate(timeout=PATIENCE))]
+    finally:
+        for p in processes:
+            p.kill()
+
+
+def test_two_processes_share_the_images_of_evaluate(alone):
+    student, teacher = str(alone / RUNS[1]), str(alone / RUNS[0])
+    (code, said, _), (other, nothing, error) = both("evaluate", student, "--teacher", teacher, "--batch-size=16", "--json")
+    assert (code, other, nothing) == (0, 0, ""), error
+    found, expected = json.loads(said), scoring.evaluate(student, teacher=teacher, batch_size=16)
+    pairs = [(found.pop("teacher"), expected.pop("teacher")), (found, expected)]
+    for own, single in pairs:
+        own.pop("images_per_second", 0), single.pop("images_per_second", 0)
+        assert own.keys() == single.keys()
+        assert all(own[k] == (v if isinstance(v, str) else pytest.approx(v, rel=1e-4)) for k, v in single.items()), own
+
+
+@pytest.mark.slow
+def test_two_processes_export_and_report_once(alone, tmp_path):
+    out = tmp_path / "out"
+    (code, said, error), (other, nothing, _) = both("export", str(alone / RUNS[1]), "--platforms=cpu", f"--out={out}")
+    assert (code, other, nothing) == (0, 0, "") and said.count("bytes)") == 3, error
+    single = exporting.export(str(alone / RUNS[1]), tmp_path / "one", None, "cpu", "flax", "")
+    assert [(out / p.name).read_bytes() for p in single] == [p.read_bytes() for p in single]
+    page = tmp_path / "page.html"
+    (code, said, error), (other, nothing, _) = both("report", str(alone), f"--out={page}")
+    assert (code, other, nothing) == (0, 0, "") and str(page) in said and page.exists(), error
+    found = both("evaluate", str(tmp_path / "missing"))
+    assert [code for code, _, _ in found] == [2, 2] and all("no such file" in error for _, _, error in found)
+
+
+@pytest.mark.slow
+def test_two_processes_take_weights(alone, tmp_path):
+    """teacher.weights of a file: trained on, and as it is where the arm is taught by it alone."""
+    weights = f"--config.teacher.weights={alone / RUNS[0] / 'width_1.safetensors'}"
+    one, other = tmp_path / "one", tmp_path / "two"
+    assert train.main([*TINY, *ARMS, weights, f"--workdir={one}"]) == 0
+    assert [code for code, _ in ends(pair(other, weights))] == [0, 0]
+    close_to(one, other)
 
 
 # SIGTERM to one process alone, at every kind of place.
@@ -265,7 +315,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "
     ],
 )
 def test_a_cluster_of_one_is_alone(environment, several):
-    assert distributed._in_cluster(environment) is several
+    assert cluster.known(environment) is several
 
 
 @pytest.mark.parametrize(
@@ -279,8 +329,8 @@ def test_a_cluster_of_one_is_alone(environment, several):
     ],
 )
 def test_a_tpu_machine_asks_its_pod(environment, several, monkeypatch):
-    monkeypatch.setattr(distributed, "_tpu_machine", lambda: True)
-    assert distributed._in_cluster(environment) is several
+    monkeypatch.setattr(cluster, "_tpu_machine", lambda: True)
+    assert cluster.known(environment) is several
 
 
 def test_processes_agree_on_everything_named(monkeypatch):

@@ -96,8 +96,8 @@ def test_imports_make_no_circles_between_modules():
     assert circle(edges) == []
 
 
-# Files that belong to no workdir: the page's template, the source itself, the user's PyTorch file, the null device, chips.
-OWN_FILES = {"reporting.page", "experiment.fingerprint", "weights.convert", "training.distributed",
+# Files that belong to no workdir: the page's template, the source itself, the user's PyTorch file, chips, the null device.
+OWN_FILES = {"reporting.page", "experiment.fingerprint", "weights.convert", "training.cluster", "training.distributed",
              "experiment.exported"}  # fmt: skip
 ACCESS = {"read_text", "read_bytes", "write_text", "write_bytes", "exists", "is_file", "is_dir", "iterdir", "glob", "rglob",
           "mkdir", "unlink", "rmtree", "open"}  # fmt: skip

@@ -14,37 +14,44 @@ from pwkd_jax import weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import loading
 from pwkd_jax.storage import replace
+from pwkd_jax.training import distributed
 from pwkd_jax.weights import pytorch
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def export(target: str, out: Path, width: float | None, platforms: str, names: str, model: str) -> list[Path]:
-    """Write the three files and return their paths. Raises UserError."""
+    """Write the three files, by the first of several processes, and return their paths. Raises UserError."""
     wanted = [p.strip() for p in platforms.split(",") if p.strip()]
     if not wanted or set(wanted) - {*PLATFORMS}:
         raise UserError(f"--platforms: '{platforms}' should be some of {', '.join(PLATFORMS)}")
-    found, _ = loading.load(target, width, model)
+    found, _ = distributed.together(lambda: loading.load(target, width, model))
     if names == "torch" and ("assisted" in found.card or not hasattr(found.model, "torch_names")):
         raise UserError(f"--names: '{found.card['model']}' has no PyTorch original to name its arrays after; use flax")
+    path = out / "model.safetensors"
+    paths = [path, path.with_suffix(".json"), out / "model.stablehlo"]
+    distributed.decide(lambda: _write(found, paths, wanted, names))
+    return paths
+
+
+def _write(found: weights.Network, paths: Sequence[Path], wanted: Sequence[str], names: str) -> None:
+    path, _, lowered = paths
     content = bytes(program(found, wanted).serialize())
     card = found.card | {"program": {
-        "file": "model.stablehlo", "platforms": wanted, "jax": jax.__version__,
+        "file": lowered.name, "platforms": wanted, "jax": jax.__version__,
         "sha256": hashlib.sha256(content).hexdigest(),
         "input": f"uint8 [batch, {', '.join(map(str, found.card['image_shape']))}]",
         "output": f"float32 [batch, {found.card['num_classes']}], probabilities",
     }}  # fmt: skip
-    path = out / "model.safetensors"
     try:
         # The card last: where it stands, so do the others.
-        replace(out / "model.stablehlo", content)
+        replace(lowered, content)
         if names == "torch":
             weights.write_arrays(path, pytorch.to_torch(found.model, found.variables), card, "pt")
         else:
             weights.write(path, found.variables, card)
     except OSError as e:
-        raise UserError(f"--out: '{out}' cannot be written ({e.strerror})") from e
-    return [path, path.with_suffix(".json"), out / "model.stablehlo"]
+        raise UserError(f"--out: '{path.parent}' cannot be written ({e.strerror})") from e
 
 
 def program(found: weights.Network, platforms: Sequence[str]) -> jax_export.Exported:

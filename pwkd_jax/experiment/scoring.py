@@ -13,7 +13,7 @@ from pwkd_jax.data import class_names, copied
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import exported, loading
 from pwkd_jax.experiment.definition import other_classes
-from pwkd_jax.training import record
+from pwkd_jax.training import distributed, record
 from pwkd_jax.training.evaluation import predictor, score_predictions
 
 KINDS = f"{loading.KINDS}, or an exported .stablehlo program"
@@ -36,11 +36,31 @@ def evaluate(
     image_size: int | None = None, resize: int | None = None, workers: int = -1, copy: str = "",
 ) -> dict:  # fmt: skip
     """{"target", "model", "data", "split", "images", "images_per_second", the keys of `scores.summary`, and with a teacher
-    "teacher": {"target", "model", its own scores}}. Raises UserError."""
+    "teacher": {"target", "model", its own scores}}. Several processes share the images and all call it. Raises UserError."""
     if batch_size < 1:
         raise UserError(f"--batch-size: {batch_size} is not possible; it should be at least 1")
     if teacher_width is not None and teacher is None:
         raise UserError("--teacher-width: needs --teacher")
+
+    def opened() -> tuple:
+        return _opened(target, width, teacher, teacher_width, data, data_dir, split, model, image_size, resize, workers, copy)
+
+    own, taught, name, part, images = distributed.together(opened)
+    result = {"target": target, "model": own.title, "data": name, "split": part}
+    result |= score_predictions(
+        own.log_probabilities, images, teacher=taught and taught.log_probabilities, batch_size=batch_size,
+        devices=max(own.devices, taught.devices if taught else 1), names=(target, teacher or ""),
+    )  # fmt: skip
+    if taught:
+        result["teacher"] = {"target": teacher, "model": taught.title, **result["teacher"]}
+    return result
+
+
+def _opened(
+    target: str, width: float | None, teacher: str | None, teacher_width: float | None, data: str | None, data_dir: str | None,
+    split: str | None, model: str, image_size: int | None, resize: int | None, workers: int, copy: str,
+) -> tuple[Scored, Scored | None, str, str, data.Split | data.Stream]:  # fmt: skip
+    """(the network, its teacher, the data set, the split, its images) that a command names. Raises UserError."""
     own = _open(target, width, model)
     taught = _open(teacher, teacher_width, model) if teacher else None
     name, split = data or own.data["name"], split or (own.data["test_split"] if data is None else "test")
@@ -58,14 +78,7 @@ def evaluate(
         raise UserError(f"--teacher: {teacher} {other_classes(taught.data['classes'], own.data['classes'])}, unlike {target}")
     if taught and (taught.image_shape, taught.num_classes) != (own.image_shape, own.num_classes):
         raise UserError(f"--teacher: {teacher} {_takes(taught)}, but {target} {_takes(own)}")
-    result = {"target": target, "model": own.title, "data": name, "split": split}
-    result |= score_predictions(
-        own.log_probabilities, images, teacher=taught and taught.log_probabilities, batch_size=batch_size,
-        devices=max(own.devices, taught.devices if taught else 1), names=(target, teacher or ""),
-    )  # fmt: skip
-    if taught:
-        result["teacher"] = {"target": teacher, "model": taught.title, **result["teacher"]}
-    return result
+    return own, taught, name, split, images
 
 
 def _split(

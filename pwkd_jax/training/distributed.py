@@ -6,8 +6,6 @@ shared file system may show two processes different things.
 """
 
 import ctypes
-import glob
-import importlib.util
 import inspect
 import json
 import os
@@ -26,10 +24,10 @@ from jax.experimental import multihost_utils
 
 from pwkd_jax.errors import UserError
 from pwkd_jax.storage import replace
+from pwkd_jax.training import cluster
 
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command may be given again
 LOST = "another process has died or cannot be reached; the same command continues from the last checkpoint"
-_OPTIONS = ("--coordinator", "--processes", "--process")
 _TIMES = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 60}
 _kept = []  # a handler that C code holds must not be collected
 
@@ -40,16 +38,14 @@ def start(argv: Sequence[str]) -> list[str]:
     By hand with --coordinator=HOST:PORT --processes=N --process=I, or as the cluster says: Cloud TPU, SLURM, Kubernetes
     and Open MPI, by JAX's own detectors. Raises UserError where the three are not all there or the others cannot be reached.
     """
-    given = {name: value for name, _, value in (a.partition("=") for a in argv) if name in _OPTIONS}
-    rest = [a for a in argv if a.partition("=")[0] not in _OPTIONS]
+    given, rest = cluster.given(argv)
     if given:
-        _initialize(**_by_hand(given))
-    elif _in_cluster(os.environ):
+        _initialize(**cluster.by_hand(given))
+    elif cluster.known(os.environ):
         _initialize()
     if several():
         _sentence_for_aborts()
-        if not primary():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the rest of the process)
+        _own_output()
     return rest
 
 
@@ -85,6 +81,11 @@ def gather(text: str) -> list[str]:
     sizes = multihost_utils.process_allgather(np.int32(len(content)))
     rows = multihost_utils.process_allgather(_padded(content, int(sizes.max())))
     return [row.tobytes()[:size].decode() for row, size in zip(np.asarray(rows), sizes, strict=True)]
+
+
+def gather_rows(rows: np.ndarray) -> np.ndarray:
+    """[processes, ...]: the `rows` of every process, which have one shape."""
+    return np.asarray(multihost_utils.process_allgather(rows)) if several() else rows[None]
 
 
 def decide(f: Callable[[], Any]) -> Any:
@@ -178,44 +179,6 @@ def _padded(content: bytes, size: int) -> np.ndarray:
     return row
 
 
-def _by_hand(given: Mapping[str, str]) -> dict:
-    if len(given) < len(_OPTIONS):
-        raise UserError("give all three of --coordinator=HOST:PORT, --processes=N and --process=I, or none of them")
-    host, _, port = given["--coordinator"].rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"--coordinator: '{given['--coordinator']}' should be HOST:PORT, the address of process 0")
-    counts = [given[name] for name in ("--processes", "--process")]
-    if not all(c.isdigit() for c in counts) or not int(counts[1]) < int(counts[0]):
-        raise UserError(f"--process: '{counts[1]}' of --processes='{counts[0]}' should be one of 0 to N - 1")
-    return {"coordinator_address": given["--coordinator"], "num_processes": int(counts[0]), "process_id": int(counts[1])}
-
-
-def _in_cluster(env: Mapping[str, str]) -> bool:
-    """Whether this is one of several processes, or may be: then JAX's detectors are asked, which fail on a lone machine."""
-    slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-    if all(name in env for name in slurm):
-        # SLURM_NTASKS may be the allocation's while this shell is a step of one task.
-        return int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"])) > 1
-    if "OMPI_COMM_WORLD_SIZE" in env:
-        return int(env["OMPI_COMM_WORLD_SIZE"]) > 1
-    if _tpu_machine() and "tpu" in env.get("JAX_PLATFORMS", "tpu"):
-        hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
-        if hosts is not None:
-            return "," in hosts or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1
-        # A Cloud TPU VM says whether it is one of several only in its metadata, which JAX reads.
-        return "TPU_SKIP_MDS_QUERY" not in env
-    # An indexed Job says by this variable that it may have several pods.
-    return "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env and _installed("kubernetes")
-
-
-def _tpu_machine() -> bool:
-    return _installed("libtpu") and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 def _initialize(**who) -> None:
     if jax.distributed.is_initialized():
         return
@@ -228,6 +191,17 @@ def _initialize(**who) -> None:
             f"--coordinator: cannot join the processes of {where} ({str(e).splitlines()[0]}); give --coordinator=HOST:PORT, "
             "--processes=N and --process=I that hold for all of them"
         ) from e
+
+
+def _own_output() -> None:
+    """What Python prints, of the first process alone; what C libraries print there (Gloo says whom it met) goes to standard
+    error, so that JSON stays JSON. For the rest of the process."""
+    if not primary():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    elif sys.stdout is sys.__stdout__:
+        sys.stdout.flush()
+        sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
 
 
 def _sentence_for_aborts() -> None:

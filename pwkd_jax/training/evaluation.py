@@ -11,7 +11,7 @@ import numpy as np
 
 from pwkd_jax import data, models, slimmable
 from pwkd_jax.errors import UserError
-from pwkd_jax.training import metrics, preemption, scores, sharding
+from pwkd_jax.training import distributed, metrics, preemption, scores, sharding
 from pwkd_jax.weights import Network
 
 
@@ -62,8 +62,9 @@ class Evaluator:
 
 
 def predictor(network: Network) -> tuple[Callable[[np.ndarray], jax.Array], int]:
-    """(images [B, H, W, C] -> log-probabilities [B, classes], asynchronous; how many devices share a batch)."""
-    mesh = sharding.make_mesh()
+    """(images [B, H, W, C] -> log-probabilities [B, classes], asynchronous; how many devices share a batch), on the devices of
+    this process alone: each of several predicts the images that it read."""
+    mesh = sharding.make_mesh(devices=jax.local_devices())
     variables = jax.device_put(network.variables, sharding.replicated(mesh))
     run = jax.jit(lambda v, x: jax.nn.log_softmax(network.logits(x, v).astype(jnp.float32)))
     return lambda images: run(variables, sharding.put_batch(mesh, {"image": images})["image"]), mesh.size
@@ -74,7 +75,8 @@ def score_predictions(
     names: tuple[str, str] = ("the network", "its teacher"),
 ) -> dict:  # fmt: skip
     """{"images", "images_per_second", the keys of `scores.summary`} of a predictor on a split, and beside a teacher's with
-    "teacher": its own scores. Raises UserError, by `names`, for one that gives no numbers."""
+    "teacher": its own scores. Several processes share the images, call it all, and have the same result. Raises UserError, by
+    `names`, for one that gives no numbers."""
     found, labels, rate = _predict(log_probabilities, split, batch_size, devices)
     beside = _predict(teacher, split, batch_size, devices)[0] if teacher else None
     for who, predicted in zip(names, (found, beside), strict=True):
@@ -87,8 +89,9 @@ def score_predictions(
 
 def _predict(log_probabilities: Callable, split, batch_size: int, devices: int) -> tuple[np.ndarray, np.ndarray, float]:
     """(log-probabilities [N, classes], labels [N], images a second without the first batch, whose program is compiled)."""
+    devices *= (processes := jax.process_count())
     batch_size = -(-min(batch_size, len(split)) // devices) * devices
-    batches = data.eval_batches(split, batch_size)
+    batches = data.eval_batches(split, batch_size, jax.process_index(), processes)
     first = next(batches)
     jax.block_until_ready(log_probabilities(first["image"]))
     begun, results, labels, real = time.perf_counter(), [], [], []
@@ -98,8 +101,14 @@ def _predict(log_probabilities: Callable, split, batch_size: int, devices: int) 
         real.append(batch["mask"] > 0)
     jax.block_until_ready(results)
     rate = len(results) * batch_size / (time.perf_counter() - begun)
-    real = np.concatenate(real)
-    return np.concatenate([np.asarray(r) for r in results])[real], np.concatenate(labels)[real], rate
+    whole = [_in_order(rows) for rows in ([np.asarray(r) for r in results], labels, real)]
+    return whole[0][whole[2]], whole[1][whole[2]], rate
+
+
+def _in_order(batches: Sequence[np.ndarray]) -> np.ndarray:
+    """The rows of all batches [N, ...] as one process would have them, of each process's share of every batch [b, ...]."""
+    shares = distributed.gather_rows(np.stack(batches))
+    return np.moveaxis(shares, 0, 1).reshape(-1, *shares.shape[3:])
 
 
 def score(network: Any, images: Any, *, teacher: Any = None, batch_size: int = 256) -> dict:
