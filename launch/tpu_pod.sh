@@ -11,13 +11,15 @@
 #   down     stop and delete everything that was asked for
 #
 # A slice costs money from ACTIVE until `down` says it is deleted, idle or not. --dry-run prints the commands and runs none.
-# Example:  NAME=mine ZONE=us-east5-b TYPE=v6e-16 RUNTIME=v2-alpha-tpuv6e SPOT=1 bash launch/tpu_pod.sh all -- \
-#             --config=configs/imagenet.py:resnet34-resnet18 --workdir=gs://BUCKET/runs/a \
-#             --config.data.data_dir=gs://BUCKET/tfds --config.data.copy=/dev/shm/data
+# Example:  NAME=mine ZONE=us-east5-b TYPE=v6e-16 RUNTIME=v2-alpha-tpuv6e SPOT=1 BUCKET=gs://ours bash launch/tpu_pod.sh all -- \
+#             --config=configs/imagenet.py:resnet34-resnet18 \
+#             --config.data.data_dir=gs://ours/tfds --config.data.copy=/dev/shm/data
 #
 # NAME, ZONE, TYPE, RUNTIME   of the slice: its name, zone, accelerator type and TPU software version
 # PROJECT                     default: gcloud's own
 # SPOT                        1: a Spot slice, which may be preempted at any time
+# BUCKET                      gs://BUCKET or a folder in one: the code goes by way of it, to all workers at once, and the
+#                             workdir is BUCKET/runs/NAME where ARGUMENTS give none
 # SETUP                       a command for every worker before training, such as mounting a file system
 # MODULE                      default pwkd_jax.train; pwkd_jax.sweep runs a sweep
 # POLL, MAX_RESTARTS          seconds between two looks, default 30; restarts before it gives up, default 100
@@ -40,6 +42,8 @@ done
 need NAME ZONE
 case $what in up|run|all) need TYPE RUNTIME ;; esac
 case $what in run|all) [ $# -gt 0 ] || die "give the arguments of training after --, as in run -- --config=... --workdir=..." ;; esac
+BUCKET=${BUCKET:-} BUCKET=${BUCKET%/}
+case $BUCKET in ''|gs://[a-z0-9]*) ;; *) die "BUCKET: '$BUCKET' should be gs://BUCKET or a folder in one" ;; esac
 SPOT=${SPOT:-} SETUP=${SETUP:-} MODULE=${MODULE:-pwkd_jax.train} POLL=${POLL:-30} MAX_RESTARTS=${MAX_RESTARTS:-100}
 where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 again=0 asked='' simulated=NONE
@@ -104,10 +108,16 @@ codes() {
     if [ -n "$DRY" ]; then cat >&3; else sed -n 's/.*pwkd-exit \([a-z0-9]*\).*/\1/p'; fi
 }
 install() {
+  local fetch=
   say "copying the code and installing on all workers"
   do_it tar -czf "$temporary/pwkd.tar.gz" -C "$root" "${CODE[@]}"
-  do_it gcloud compute tpus tpu-vm scp "$temporary/pwkd.tar.gz" "$NAME:" "${where[@]}" --worker=all
-  on_all "set -e; mkdir -p pwkd; tar -xzf pwkd.tar.gz -C pwkd; cd pwkd; ${SETUP:+$SETUP; }bash launch/worker.sh tpu"
+  if [ -n "$BUCKET" ]; then
+    do_it gcloud storage cp "$temporary/pwkd.tar.gz" "$BUCKET/code/$NAME.tar.gz"
+    fetch="gcloud storage cp $(quoted "$BUCKET/code/$NAME.tar.gz") pwkd.tar.gz; "
+  else
+    do_it gcloud compute tpus tpu-vm scp "$temporary/pwkd.tar.gz" "$NAME:" "${where[@]}" --worker=all
+  fi
+  on_all "set -e; ${fetch:-}mkdir -p pwkd; tar -xzf pwkd.tar.gz -C pwkd; cd pwkd; ${SETUP:+$SETUP; }bash launch/worker.sh tpu"
 }
 up() {
   local s failures=0
@@ -127,6 +137,10 @@ up() {
 }
 start() {
   local command
+  case "$MODULE $*" in
+    *--workdir*) ;;
+    "pwkd_jax.train "*) [ -z "$BUCKET" ] || set -- "$@" "--workdir=$BUCKET/runs/$NAME" ;;
+  esac
   command=$(quoted .venv/bin/python -m "$MODULE" "$@")
   say "training on all workers"
   # shellcheck disable=SC2016  # the worker expands it

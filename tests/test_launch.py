@@ -51,6 +51,10 @@ elif verb == "compute tpus tpu-vm describe":
 elif verb == "compute tpus tpu-vm scp":
     for w in workers:
         shutil.copy(rest[0], w)
+elif verb.startswith("storage cp "):
+    source, target = (here / p.replace("gs://", "bucket/") if "gs://" in p else pathlib.Path(p) for p in line[2:4])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, target)
 elif verb == "compute tpus tpu-vm ssh":
     if state != "ACTIVE":
         sys.exit("ssh: no such host")
@@ -166,6 +170,20 @@ def test_tpu_training_runs_once_on_every_worker_and_the_slice_goes(stubs):
     assert [trained(stubs.here, w) for w in (0, 1)] == [[["-m", "pwkd_jax.train", *TRAIN]]] * 2  # quoted to the letter
     assert verbs(calls) == ["create", "scp", "delete"] and not (stubs.here / "state").exists()
     assert "is deleted: it costs nothing any more" in done.stderr and "may still exist" not in done.stderr
+
+
+def test_tpu_code_goes_by_way_of_a_bucket_which_holds_the_workdir_too(stubs):
+    given = ["--config=configs/digits.py"]
+    _, calls = stubs("tpu_pod.sh", "run", "--", *given, **TPU, BUCKET="gs://ours/team/")
+    expected = ["-m", "pwkd_jax.train", *given, "--workdir=gs://ours/team/runs/mine"]
+    assert [trained(stubs.here, w) for w in (0, 1)] == [[expected]] * 2
+    assert "scp" not in verbs(calls) and (stubs.here / "bucket/ours/team/code/mine.tar.gz").exists()
+    assert all((stubs.here / f"worker{w}/pwkd/launch/worker.sh").exists() for w in (0, 1))
+    stubs("tpu_pod.sh", "down", **TPU)
+    stubs("tpu_pod.sh", "run", "--", *TRAIN, **TPU, BUCKET="gs://ours")
+    assert trained(stubs.here, 0)[-1] == ["-m", "pwkd_jax.train", *TRAIN]  # a workdir that is given stays
+    done, _ = stubs("tpu_pod.sh", "run", "--", *given, **TPU, BUCKET="ours", expect=2)
+    assert "BUCKET: 'ours' should be gs://BUCKET" in done.stderr
 
 
 def test_tpu_training_that_ends_with_75_is_resumed_on_the_same_slice(stubs):

@@ -80,15 +80,19 @@ def programs(
         create = sharding.creator(task.mesh, students_together.stacked(make), sharding_how, seeds, start, layout=layout)
     else:
         create = sharding.creator(task.mesh, make, sharding_how, 0, start)
-    steps = {}
-    for widths in dict.fromkeys(stage.widths for stage in plan):
+
+    def compiled(widths: tuple[float, ...]) -> Callable:
         step = students.make_step(
             student, members, widths, distillation, plan, *rule, task.preprocess, images=len(task.train), same_crop=same_crop,
             data_seed=data_seed, several=several, own=metrics,
         )  # fmt: skip
         step = skipping(step) if skip else step
-        steps[widths] = sharding.jit_step(task.mesh, dispatch.many(step, task.image_shape), create.layout)
-    return create, steps
+        return sharding.jit_step(task.mesh, dispatch.many(step, task.image_shape), create.layout)
+
+    every = dict.fromkeys(stage.widths for stage in plan)
+    return create, {
+        w: students.Drawn(compiled(w), {x: compiled((x,)) for x in w}) if len(w) > 1 else compiled(w) for w in every
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,12 +237,15 @@ def distil(
 
     here = task.on(several.mesh) if several and several.mesh else task
     frozen = here.place(teacher.variables) if teacher and here is not task else teacher.variables if teacher else {}
-    segments = [
-        loop.Segment(
-            s.end, functools.partial(stepping[s.widths], teacher={w: frozen[w] for w in s.widths}), enter, _stage(plan, i)
-        )
-        for i, s in enumerate(plan)
-    ]
+    order = data_seed if data_seed is not None else int(np.ravel(seed)[0])
+
+    def segment(number: int, stage: Stage) -> loop.Segment:
+        step, taught = stepping[stage.widths], {w: frozen[w] for w in stage.widths}
+        drawn = jax.default_backend() == "cpu" and isinstance(step, students.Drawn)
+        single = functools.partial(step.at, order, taught) if drawn else None
+        return loop.Segment(stage.end, functools.partial(step, teacher=taught), enter, _stage(plan, number), single)
+
+    segments = [segment(i, s) for i, s in enumerate(plan)]
     state, directory = fresh(), directory and storage.path(directory, "directory")
     overview = parameter_overview.get_parameter_overview(state.params)
     if directory and not compiled and not several:
@@ -252,7 +259,6 @@ def distil(
         })  # fmt: skip
     if directory:
         distributed.write(directory / "parameters.txt", overview + "\n")
-    order = data_seed if data_seed is not None else int(np.ravel(seed)[0])
     state, rows = loop.run(
         directory, label, state, segments, here.batches(size, order), evaluate,
         cadence or loop.usual(ends[-1], -(-images // size)), images=images, batch_size=size, texts={"parameters": overview},

@@ -1,11 +1,13 @@
 """The student: one distillation step, taught by a frozen sub-network that was materialised once for its stage."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pwkd_jax import models, slimmable
@@ -109,8 +111,7 @@ def make_step(
             return (several.each(learn) if several else learn)(state)
 
         if len(widths) > 1:
-            drawn = jax.random.randint(rng(common, 1), (), 0, len(widths))
-            return jax.lax.switch(drawn, [lambda w=w: taught_by(w) for w in widths])
+            return jax.lax.switch(draw(common, len(widths)), [lambda w=w: taught_by(w) for w in widths])
         return taught_by(widths[0] if widths else None)
 
     def step(state: State, batch: dict, teacher: dict[float, dict]):
@@ -118,6 +119,29 @@ def make_step(
         return state, metrics.collect(several.named(values) if several else values)
 
     return step
+
+
+def draw(state: State, count: int) -> jax.Array:
+    """Which of `count` widths teaches at a state's step."""
+    return jax.random.randint(rng(state, 1), (), 0, count)
+
+
+class Drawn:
+    """The step of a stage whose width is drawn at each step: `whole` draws by itself, and `each` has one program a width, of
+    which the host takes the drawn one. On CPU that is faster: in a branch, as in a loop (see `dispatch`), XLA has no fast
+    kernels for the gradients of convolutions."""
+
+    def __init__(self, whole: Callable, each: dict[float, Callable]):
+        self.whole, self.lower, self.each = whole, whole.lower, each
+        self._draw = jax.jit(lambda step, seed: draw(State(step, seed, (), (), ()), len(each)))
+
+    def __call__(self, state: State, batch, teacher: dict[float, dict]):
+        return self.whole(state, batch, teacher=teacher)
+
+    def at(self, seed: int, teacher: dict[float, dict], step: int) -> Callable:
+        """The program of the width drawn at a step, by the seed of the data."""
+        width = [*self.each][int(self._draw(np.int32(step), np.uint32(seed)))]
+        return functools.partial(self.each[width], teacher={width: teacher[width]})
 
 
 def _hold(before: dict, after: dict, grads: dict) -> dict:
