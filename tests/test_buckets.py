@@ -24,6 +24,7 @@ from test_sweep import toml
 from pwkd_jax import convert, evaluate, export, models, report, storage, sweep, train
 from pwkd_jax.errors import UserError
 from pwkd_jax.training import writers
+from pwkd_jax.training.checkpoints import Checkpoints
 from pwkd_jax.weights import pytorch
 
 
@@ -322,25 +323,44 @@ def test_a_bucket_that_cannot_be_written_is_said_first(code, workdir, sentence, 
         bucket("refuse?code=0")
 
 
-def test_a_bucket_that_stops_to_answer_asks_to_be_resumed(bucket, monkeypatch, capsys):
-    flush = writers.Writer.flush
+@pytest.mark.parametrize(
+    "where, method, file", [(writers.Writer, "flush", "/students/alone/seed0/metrics.jsonl"), (Checkpoints, "save", "")]
+)
+def test_a_bucket_that_stops_to_answer_asks_to_be_resumed(where, method, file, bucket, monkeypatch, capsys):
+    known, workdir = getattr(where, method), f"gs://bucket/lost-{method}"
 
-    def refused(self) -> None:
+    def refused(self, *arguments) -> None:
         bucket("refuse?code=403")
-        flush(self)
+        known(self, *arguments)
 
-    monkeypatch.setattr(writers.Writer, "flush", refused)
-    options = [*TINY, "--config.arms=alone", "--config.student.duration=8 steps", "--workdir=gs://bucket/lost"]
+    monkeypatch.setattr(where, method, refused)
+    options = [*TINY, "--config.arms=alone", "--config.student.duration=8 steps", f"--workdir={workdir}"]
     try:
         assert train.main(options) == 75
     finally:
         bucket("refuse?code=0")
-    run = "gs://bucket/lost/students/alone/seed0"
-    error = f"error: {run}/metrics.jsonl: cannot be read or written (access is forbidden: not yours)\n"
+    error = f"error: {workdir}{file}: cannot be read or written (access is forbidden: not yours)\n"
     assert error in (said := capsys.readouterr().err) and "Traceback" not in said
     monkeypatch.undo()
-    storage.remove(storage.path("gs://bucket/lost/.lock"))  # it could not be removed then, and its holder is this process
+    storage.remove(storage.path(f"{workdir}/.lock"))  # it could not be removed then, and its holder is this process
     assert train.main(options) == 0
+
+
+def test_a_checkpoint_that_cannot_be_reached_is_not_taken_for_a_damaged_one(bucket):
+    place, state = storage.path("gs://bucket/whole/checkpoints"), {"w": jax.numpy.arange(3.0)}
+    saved = Checkpoints(place)
+    for step in (1, 2):
+        saved.save(step, state)
+    saved.close()
+    later = Checkpoints(place)
+    bucket("refuse?code=403")
+    try:
+        with pytest.raises(storage.Unreachable, match="access is forbidden"):
+            later.restore(state)
+    finally:
+        bucket("refuse?code=0")
+    assert storage.names(place) == ["1", "2"] and identical(later.restore(state), state)
+    later.close()
 
 
 @pytest.mark.slow

@@ -148,4 +148,4 @@ def _checkpoint(run: Path, step: int) -> dict:
     except checkpoints.Damaged:
         raise
     except Exception as e:  # Orbax and TensorStore raise of everything
-        raise checkpoints.Damaged(path, e) from e
+        raise checkpoints.damaged(path, e) from e

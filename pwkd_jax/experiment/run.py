@@ -42,12 +42,16 @@ def run(config: ConfigDict, workdir: Path) -> dict:
         try:
             return _run(experiment, plans, wanted, distillations, workdir)
         except Exception as e:  # Orbax and TensorStore raise of everything, from threads of their own too
-            if isinstance(e, UserError) or not (reason := storage.failure(e, workdir)):
+            if isinstance(e, UserError):
                 raise
-            lost = UserError(
-                f"--workdir: '{workdir}' cannot be written any more ({reason}); the same command continues from the last "
-                "checkpoint once it can"
-            )
+            lost = storage.unreachable(e, workdir)
+            if not lost and (reason := storage.failure(e, workdir)):
+                lost = UserError(
+                    f"--workdir: '{workdir}' cannot be written any more ({reason}); the same command continues from the last "
+                    "checkpoint once it can"
+                )
+            if not lost:
+                raise
             distributed.leave(lost)
             raise lost from e
 

@@ -19,14 +19,14 @@ from typing import IO, Any, NamedTuple
 
 from pwkd_jax.errors import UserError
 from pwkd_jax.storage import local
-from pwkd_jax.storage.failures import failure
+from pwkd_jax.storage.failures import behind, failure
 from pwkd_jax.storage.local import Held
 from pwkd_jax.storage.shapes import misfit
 
 __all__ = [
     "Entry", "Held", "Unreachable", "above", "absolute", "exists", "failure", "holding", "is_file", "is_folder", "lines",
     "listed", "lock", "misfit", "names", "opened", "outbox", "path", "put_aside", "read", "read_bytes", "read_part", "record",
-    "remove", "replace", "same", "saved_steps", "size",
+    "remove", "replace", "same", "saved_steps", "size", "unreachable",
 ]  # fmt: skip
 
 
@@ -66,6 +66,15 @@ def path(text: str | PurePath, option: str = "") -> Path:
     if not importlib.util.find_spec("gcsfs"):
         raise UserError(f"{said}'{text}' needs gcsfs, which is not installed: pip install gcsfs")
     return _bucket().path(text)
+
+
+def unreachable(error: Exception, place: Path) -> Unreachable | None:
+    """What an `error` of another library, or one behind it, says of the bucket of `place`: that it does not answer or refuses.
+    None for every other error, and for a folder."""
+    if isinstance(place, Path) or isinstance(error, Unreachable):
+        return error if isinstance(error, Unreachable) else None
+    found = next((one for one in behind(error) if _bucket().outage(one)), None)
+    return found and _bucket().unreachable(found, place)
 
 
 def _bucket() -> ModuleType:

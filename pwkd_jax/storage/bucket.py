@@ -10,6 +10,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -17,10 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import fsspec
 from etils import epath
 from fsspec.asyn import sync
 from gcsfs.core import GCSFileSystem
+from gcsfs.retry import HttpError
+from google.auth.exceptions import GoogleAuthError
 
 from pwkd_jax import storage
 
@@ -56,11 +60,25 @@ def plain(path: object) -> Iterator[None]:
     except FileExistsError:
         raise
     except Exception as e:
-        words = [line.strip() for line in str(e).splitlines() if line.strip()]
-        said = " ".join(w for w in words if "://" not in w and not w.startswith("Forbidden")) or type(e).__name__
-        if "Forbidden" in str(e):
-            said = f"access is forbidden: {said}"
-        raise storage.Unreachable(errno.EIO, said.rstrip("."), str(path)) from e
+        raise unreachable(e, path) from e
+
+
+def unreachable(error: Exception, path: object) -> Exception:
+    """`storage.Unreachable` with what an error of these libraries says."""
+    words = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(w for w in words if "://" not in w and not w.startswith("Forbidden")) or type(error).__name__
+    if "Forbidden" in str(error):
+        said = f"access is forbidden: {said}"
+    return storage.Unreachable(errno.EIO, said.rstrip("."), str(path))
+
+
+def outage(error: BaseException) -> bool:
+    """Whether it is of a bucket that does not answer or refuses, and not of what lies there."""
+    if isinstance(error, (HttpError, aiohttp.ClientError, GoogleAuthError)):
+        return True
+    if isinstance(error, OSError):
+        return str(error).startswith("Forbidden") or isinstance(error, (ConnectionError, TimeoutError))
+    return bool(re.match(r"(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED)\b", str(error)))
 
 
 def path(text: str) -> Path:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # What a disk does to any program; TensorStore, which writes checkpoints, tells it by these words alone.
@@ -11,17 +12,24 @@ _DISK = {
 }
 
 
+def behind(error: BaseException) -> Iterator[BaseException]:
+    """An error and all that led to it, each once."""
+    waiting, seen = [error], set()
+    while waiting:
+        one = waiting.pop(0)
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            waiting += [*getattr(one, "exceptions", ()), one.__cause__, one.__context__]
+
+
 def failure(error: BaseException, place: Path) -> str | None:
     """What the disk of the folder `place` did to make `error`, or an error behind it, as a phrase; None where it was something
     else."""
-    if not isinstance(place, Path):  # of a bucket, see `Unreachable`
+    if not isinstance(place, Path):  # of a bucket, see `unreachable`
         return None
-    waiting, seen, place = [error], set(), place.absolute()
-    while waiting:
-        one = waiting.pop(0)
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
+    place = place.absolute()
+    for one in behind(error):
         if isinstance(one, OSError) and one.errno in _DISK:
             if not one.filename:  # as where a file that is open is written
                 return _DISK[one.errno]
@@ -30,5 +38,4 @@ def failure(error: BaseException, place: Path) -> str | None:
         told = str(one) if isinstance(one, (ValueError, RuntimeError)) and str(place) in str(one) else ""
         if found := [words for words in _DISK.values() if words in told]:
             return found[0]
-        waiting += [*getattr(one, "exceptions", ()), one.__cause__, one.__context__]
     return None

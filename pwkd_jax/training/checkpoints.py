@@ -51,7 +51,7 @@ class Checkpoints:
             try:
                 ocp.checkpointables_metadata(self._directory / name)
             except Exception as e:  # Orbax raises of everything
-                self._put_aside(Damaged(self._directory / name, e), name)
+                self._put_aside(damaged(self._directory / name, e), name)
 
     def _put_aside(self, damage: "Damaged", name: str) -> None:
         print(f"warning: {damage}; the checkpoint before it is used", file=sys.stderr)
@@ -109,7 +109,7 @@ class Checkpoints:
             if saved is None:
                 raise ValueError("its arrays are not listed")
         except Exception as e:  # Orbax and TensorStore raise of everything
-            raise Damaged(path, e) from e
+            raise damaged(path, e) from e
         if bad := _differences(saved, like):
             shown = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
             raise UserError(f"{self._directory / str(step)} is not a checkpoint of this config: {shown}")
@@ -117,7 +117,7 @@ class Checkpoints:
         try:
             state = self._manager.load_checkpointables(step, {"state": abstract})["state"]
         except Exception as e:
-            raise Damaged(path, e) from e
+            raise damaged(path, e) from e
         refuse_damage(path, state, own["crc32c"])
         return state
 
@@ -136,6 +136,14 @@ class Damaged(UserError):
         # Orbax prints objects in what it raises, at any length.
         words = re.split(r"<|\n", str(reason).strip())[0].rstrip("'\"([{:, ")
         super().__init__(f"{path} is not a whole checkpoint ({words[:200] or type(reason).__name__})")
+
+
+def damaged(path: Path, error: Exception) -> Damaged:
+    """The checkpoint at `path` that an error of Orbax or TensorStore tells of; raises what says that its bucket cannot be
+    reached, by which nothing is known of it."""
+    if lost := storage.unreachable(error, path):
+        raise lost from error
+    return Damaged(path, error)
 
 
 def facts(path: Path, metadata) -> dict:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pwkd_jax.errors import UserError
-from pwkd_jax.storage import replace
+from pwkd_jax.storage import Unreachable, replace
 from pwkd_jax.training import cluster
 
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command may be given again
@@ -163,7 +163,7 @@ def leave(error: BaseException) -> None:
     if is_lost(error):
         _end(f"error: {LOST}", RESUMABLE)
     if isinstance(error, UserError):
-        _end(f"error: {error}", 2)
+        _end(f"error: {error}", RESUMABLE if isinstance(error, Unreachable) else 2)
     _end("".join(traceback.format_exception(error)).rstrip(), 1)
 
 
