@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -208,19 +209,31 @@ def numbers(workdir: Path, run: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def trained(bucket, tmp_path_factory):
-    """(workdir on a disk, the same on a bucket, which was killed in the middle of a checkpoint, and given again)."""
+    """(workdir on a disk, the same on a bucket, which was killed in the middle of a checkpoint, terminated while the student
+    learns, killed once more, and given again)."""
     options, disk = ["--config.arms=pwkd", "--config.student.reset=momentum"], tmp_path_factory.mktemp("disk") / "w"
     workdir = storage.path("gs://bucket/runs/w")
-    line, environment = command(*options, f"--workdir={workdir}")
-    bucket("latency?ms=30")
-    process = subprocess.Popen(line, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    saved, deadline = workdir / "teacher/slimmable/checkpoints", time.monotonic() + 300
-    while "10" not in storage.names(saved) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    bucket("latency?ms=0")
-    assert "10" in storage.names(saved) and storage.saved_steps(saved) == [5]
+    teacher, pupil = (workdir / run / "checkpoints" for run in ("teacher/slimmable", "students/pwkd/seed0"))
+
+    def stopped(number: signal.Signals, there: Callable[[], bool]) -> int:
+        """The exit code of a run that gets a signal once something is there."""
+        line, environment = command(*options, f"--workdir={workdir}")
+        bucket("latency?ms=30")
+        process = subprocess.Popen(line, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while not there() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        code = process.wait()
+        bucket("latency?ms=0")
+        return code
+
+    assert stopped(signal.SIGKILL, lambda: "10" in storage.names(teacher)) == -signal.SIGKILL
+    assert "10" in storage.names(teacher) and storage.saved_steps(teacher) == [5]
+    assert stopped(signal.SIGTERM, lambda: storage.names(pupil)) == 75
+    before = storage.saved_steps(pupil)
+    assert stopped(signal.SIGKILL, lambda: len(storage.saved_steps(pupil)) > len(before)) == -signal.SIGKILL
+    assert not storage.exists(workdir / "summary.json")
     assert train.main([*TINY, *options, f"--workdir={disk}"]) == 0
     assert train.main([*TINY, *options, f"--workdir={workdir}"]) == 0
     return disk, workdir
