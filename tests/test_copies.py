@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_data
+from array_record.python import array_record_module
 from PIL import Image
 from test_commands import TINY
 
@@ -113,10 +115,44 @@ def test_data_sets_are_made_on_a_disk(line, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_records_are_read_where_they_lie(bucket, tmp_path, monkeypatch, capsys):
+    """All but the reader itself, which speaks to Google's servers alone: here it opens what the emulator holds."""
+    train, test = (test_data._records(test_data._images(n, seed=seed)) for n, seed in ((40, 0), (12, 1)))
+    test_data._tfds(tmp_path, {"train": [train[:15], train[15:]], "test": [test]})
+    place = storage.path(f"gs://bucket/{tmp_path.name}/tfds")
+    for file in (p for p in tmp_path.rglob("*") if p.is_file()):
+        storage.replace(place / file.relative_to(tmp_path).as_posix(), file.read_bytes())
+    real, opened = array_record_module.ArrayRecordReader, []
+
+    def reader(name, **options):
+        opened.append(str(name))
+        file = tmp_path / f"fetched{len(opened)}"
+        file.write_bytes(storage.read_bytes(storage.path(str(name))))
+        return real(str(file), **options)
+
+    monkeypatch.setattr(array_record_module, "ArrayRecordReader", reader)
+    monkeypatch.setattr(copies, "_not_in_place", lambda name: "")
+    for spec in ("train[5:30]", "stratified(train, 50%)"):
+        found, local = (data.load("toy", str(where), spec) for where in (place, tmp_path))
+        for a, b in ((found.train, local.train), (found.test, local.test)):
+            assert np.array_equal(a.images, b.images) and np.array_equal(a.labels, b.labels)
+    assert len({name for name in opened if name.startswith("gs://bucket/")}) == 3
+    assert any(n.startswith(".labels-") for n in storage.names(place / "toy/1.0.0"))
+    storage.remove(place / "toy/1.0.0/toy-test.array_record-00000-of-00001")
+    with pytest.raises(UserError, match=r"file gs://bucket/.*toy-test.array_record-00000-of-00001 is missing"):
+        data.load("toy", str(place), streaming=data.Streaming(4, resize=4))
+
+
 def test_what_cannot_be_copied_is_said_in_a_sentence(photos, bucket, tmp_path, monkeypatch, capsys):
     _, place = photos
-    with pytest.raises(UserError, match=r"data\.data_dir: '.*' is not a folder of this machine; give data\.copy=DIR"):
-        data.load("folder", str(place))
+    for name, reason in (("folder", "images of a folder are not"), ("toy", "array_record reads Google's own servers only")):
+        with pytest.raises(UserError, match=rf"data\.data_dir: .* is not a folder of .*, and {reason}.*; give data\.copy=DIR"):
+            data.load(name, str(place))
+    with monkeypatch.context() as m:
+        m.delenv("STORAGE_EMULATOR_HOST")
+        m.setattr(copies.importlib.metadata, "version", lambda name: "0.8.1")
+        with pytest.raises(UserError, match=r"array_record 0\.8\.1 does not read buckets, as 0\.8\.6 does"):
+            data.load("toy", str(place))
     (tmp_path / "file").write_text("")
     for name, where, sentence in (("folder", "gs://bucket/x", r"data\.copy: 'gs://bucket/x' is not a folder of this machine"),
                                   ("folder", tmp_path / "file", r"data\.copy: '.*' cannot be written")):  # fmt: skip

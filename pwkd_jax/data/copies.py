@@ -7,7 +7,9 @@ so that a second command reads none of them, and a file that changed on the buck
 
 import base64
 import contextlib
+import importlib.metadata
 import json
+import os
 import re
 import shutil
 import sys
@@ -25,22 +27,26 @@ from pwkd_jax.data import slices
 from pwkd_jax.errors import UserError
 
 _THREADS, _CHUNK = 8, 16 << 20
+_READS_BUCKETS = (0, 8, 6)  # array_record, by gRPC
 _SHARD = re.compile(r"-(\w+)\.\w+-\d+-of-\d+$")
 
 
 def copied(name: str, data_dir: str, copy: str, specs: Mapping[str, str]) -> str:
     """`data_dir`, or of one on a bucket the folder below `copy` that holds what `specs` ask of the data set `name`.
 
-    specs: {key: specification} of the splits. Raises UserError.
+    Without `copy` it stays where it is, if it is in array_record, whose own reader reads Google's buckets. specs: {key:
+    specification} of the splits. Raises UserError.
     """
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", data_dir):
         return data_dir
     place = storage.path(data_dir, "data.data_dir")
     if not copy:
-        raise UserError(
-            f"data.data_dir: '{data_dir}' is not a folder of this machine; give data.copy=DIR, into which what is needed is "
-            "copied once, or mount the bucket as a folder"
-        )
+        if reason := _not_in_place(name):
+            raise UserError(
+                f"data.data_dir: '{data_dir}' is not a folder of this machine, and {reason}; give data.copy=DIR, into which "
+                "what is needed is copied once, or mount the bucket as a folder"
+            )
+        return data_dir
     target = storage.path(copy, "data.copy").joinpath(*place.parts[2:])
     if not isinstance(target, Path):
         raise UserError(f"data.copy: '{copy}' is not a folder of this machine")
@@ -55,6 +61,19 @@ def copied(name: str, data_dir: str, copy: str, specs: Mapping[str, str]) -> str
     except OSError as e:
         raise UserError(f"data.copy: '{target}' cannot be written ({e.strerror})") from e
     return str(target)
+
+
+def _not_in_place(name: str) -> str:
+    """Why records of the data set `name` cannot be read from a bucket, one by one; "" where they can."""
+    if name == "folder":
+        return "images of a folder are not read from there"
+    if os.environ.get("STORAGE_EMULATOR_HOST"):
+        return "array_record reads Google's own servers only, not STORAGE_EMULATOR_HOST"
+    have = importlib.metadata.version("array_record")
+    if tuple(map(int, re.findall(r"\d+", have)[:3])) < _READS_BUCKETS:
+        wanted = ".".join(map(str, _READS_BUCKETS))
+        return f"array_record {have} does not read buckets, as {wanted} does"
+    return ""
 
 
 def _of_folder(place: Path, splits: set[str] | None) -> dict[str, storage.Entry]:

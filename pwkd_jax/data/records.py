@@ -62,8 +62,12 @@ class Records:
 
     def missing(self) -> list[Path]:
         """The files of the directory that should be there and are not."""
-        splits = {split for split, _, _ in self._ranges}
-        return [Path(p) for s in sorted(splits) for p in self._builder.info.splits[s].filepaths if not Path(p).exists()]
+        names = set(storage.names(storage.path(self._directory)))
+        return [path for path in self._files() if path.name not in names]
+
+    def _files(self) -> list[Path]:
+        splits = sorted({split for split, _, _ in self._ranges})
+        return [storage.path(str(p)) for s in splits for p in self._builder.info.splits[s].filepaths]
 
     def read(self, indices: Sequence[int]) -> list[tuple[bytes | Unreadable, int]]:
         """[(encoded image, label)] of `indices`; an Unreadable stands for a record that cannot be read or parsed."""
@@ -135,13 +139,15 @@ class Records:
     def _cache(self) -> list[Path]:
         # The name says how it is laid out: labels, then their CRC-32C.
         digest = hashlib.sha256(repr(("crc32c", self._directory, self._ranges)).encode())
-        for split in sorted({s for s, _, _ in self._ranges}):
-            for path in map(Path, self._builder.info.splits[split].filepaths):
-                stat = path.stat()
-                digest.update(repr((path.name, stat.st_size, stat.st_mtime_ns)).encode())
+        place = storage.path(self._directory)
+        on_bucket = None if isinstance(place, Path) else storage.listed(place)
+        for path in self._files():
+            stat = None if on_bucket else path.stat()
+            known = on_bucket[path.name] if on_bucket else (stat.st_size, stat.st_mtime_ns)
+            digest.update(repr((path.name, *known)).encode())
         name = f".labels-{digest.hexdigest()[:16]}.npy"
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        return [Path(self._directory) / name, home / "pwkd_jax" / name[1:]]
+        return [place / name, home / "pwkd_jax" / name[1:]]
 
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -149,9 +155,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 def _versions(home: Path) -> dict[tuple[int, ...], Path]:
     """{(major, minor, patch): folder} of the prepared versions right below `home`."""
-    if not home.is_dir():
-        return {}
-    found = [d for d in home.iterdir() if _VERSION.fullmatch(d.name) and (d / "dataset_info.json").is_file()]
+    found = [home / n for n in storage.names(home) if _VERSION.fullmatch(n) and storage.is_file(home / n / "dataset_info.json")]
     return {tuple(map(int, d.name.split("."))): d for d in found}
 
 
@@ -164,8 +168,8 @@ def find(name: str, data_dir: str, given: bool) -> Path:
     match = re.fullmatch(rf"(\w[\w-]*(?:/\w[\w.-]*)?)(?::({_VERSION.pattern}))?", name)
     if not match:
         raise UserError(f"data.name: '{name}' is not a data set's name; write name, name/config or name:1.0.0")
-    root = Path(data_dir).expanduser()
-    if not root.is_dir():
+    root = storage.path(data_dir, "data.data_dir")
+    if not storage.is_folder(root):
         what = "directory" if given else "it is empty, and TFDS's default directory"
         raise UserError(f"data.data_dir: {what} {root} does not exist; give the folder in which TFDS prepared '{match[1]}'")
     home, version = root / match[1], match[2]
@@ -174,18 +178,18 @@ def find(name: str, data_dir: str, given: bool) -> Path:
         versions = {v: d for v, d in versions.items() if d.name == version}
     if versions:
         return versions[max(versions)]
-    if (root / "dataset_info.json").is_file():
+    if storage.is_file(root / "dataset_info.json"):
         raise UserError(
             f"data.data_dir: {root} is one version of a data set; give the folder that holds '{match[1]}', "
             "its parent's parent (with a TFDS config, one more)"
         )
-    configs = sorted(d.name for d in home.iterdir() if d.is_dir() and _versions(d)) if home.is_dir() else []
+    configs = [n for n in storage.names(home) if storage.is_folder(home / n) and _versions(home / n)]
     if configs:
         raise UserError(f"data.name: '{match[1]}' comes in configs, add one: {', '.join(f'{match[1]}/{c}' for c in configs)}")
     if others := _versions(home):
         have = ", ".join(d.name for _, d in sorted(others.items()))
         raise UserError(f"data.name: {home} has no version {version}; it has {have}")
-    have = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+    have = [n for n in storage.names(root) if storage.is_folder(root / n) and not n.startswith(".")]
     raise UserError(
         f"data.name: {root} holds no prepared data set '{match[1]}' (it holds {', '.join(have[:12]) or 'nothing'}); "
         "nothing is downloaded here, so prepare it first (python -m pwkd_jax.prepare -h) or correct data.data_dir"
