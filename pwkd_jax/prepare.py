@@ -4,8 +4,9 @@
     python -m pwkd_jax.prepare imagenet2012 --data-dir data --train ILSVRC2012_img_train.tar --validation ILSVRC2012_img_val.tar
     python -m pwkd_jax.prepare tfrecord ~/tensorflow_datasets/imagenet2012/5.1.0 --out data
 
-Files are written in parallel. Stopped, the same command goes on where it was; a data set appears under its name only when it is
-whole. Sources are only read. Exits with code 2 and one sentence on a mistake.
+--data-dir, and --out of tfrecord, may be gs://BUCKET/NAME, with --disk=DIR of this machine, where the data set is made before
+it is sent. Files are written in parallel. Stopped, the same command goes on where it was; a data set appears under its name
+only when it is whole. Sources are only read. Exits with code 2 and one sentence on a mistake.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pwkd_jax.data import cifar, imagenet, tfds_writer, tfrecord
+from pwkd_jax import storage
+from pwkd_jax.data import cifar, imagenet, sending, tfds_writer, tfrecord
 from pwkd_jax.errors import UserError
 
 
@@ -24,9 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pwkd_jax.prepare", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="what", required=True)
     common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--disk", help="for a bucket: a folder of this machine, where a data set is made before it is sent")
     common.add_argument("--workers", type=int, default=_cores(), help="processes; as many as there are cores by default")
     made = argparse.ArgumentParser(add_help=False, parents=[common])
-    made.add_argument("--data-dir", type=_folder, required=True, help="where data sets lie, each in its folder")
+    made.add_argument("--data-dir", required=True, help="where data sets lie, each in its folder, or gs://BUCKET/NAME")
     made.add_argument("--no-checksum", action="store_true", help="also take an archive that is not the official one")
     for name, layout in cifar.LAYOUTS.items():
         command = commands.add_parser(name, parents=[made], help=f"from the binary archive of {layout.title}")
@@ -37,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--labels", type=Path, help="of your own validation images: a synset a line, in file-name order")
     command = commands.add_parser("tfrecord", parents=[common], help="from a TFDS directory in TFRecord, TFDS's default")
     command.add_argument("directory", type=Path, help="one version, as ~/tensorflow_datasets/imagenet2012/5.1.0")
-    command.add_argument("--out", type=_folder, help="the data directory to write below; by default that of DIRECTORY, with "
+    command.add_argument("--out", help="the data directory to write below; by default that of DIRECTORY, with "
                          "-array_record added to its name")  # fmt: skip
     options = parser.parse_args(arguments)
     try:
@@ -56,28 +59,52 @@ def prepare(options: argparse.Namespace) -> Path:
     if options.workers < 1:
         raise UserError(f"--workers: {options.workers} is not possible; it should be at least 1")
     if options.what == "tfrecord":
-        plan = tfrecord.plan(options.directory, options.out)
-        return plan.folder if _done(plan.folder) else tfds_writer.write(plan, options.workers)
-    data_dir = options.data_dir.expanduser().absolute()
+        home, bucket = _homes("--out", options.out, options.disk)
+        plan = tfrecord.plan(options.directory, home)
+        if _there(plan.folder, home, bucket):
+            return _sent(plan.folder, home, bucket)
+        return _sent(tfds_writer.write(plan, options.workers), home, bucket)
+    data_dir, bucket = _homes("--data-dir", options.data_dir, options.disk)
     version = imagenet.VERSION if options.what == imagenet.NAME else cifar.VERSION
     folder = data_dir / options.what / version
-    if _done(folder):  # asked before the archives are, which may be long gone
-        return folder
+    if _there(folder, data_dir, bucket):  # asked before the archives are, which may be long gone
+        return _sent(folder, data_dir, bucket)
     if options.what == imagenet.NAME:
         tars = (options.train.expanduser(), options.validation.expanduser())
         plan = imagenet.plan(data_dir, *tars, options.labels, not options.no_checksum, options.workers)
     else:
         archive = options.archive and options.archive.expanduser()
         plan = cifar.plan(options.what, data_dir, archive, not options.no_checksum)
-    return tfds_writer.write(plan, options.workers)
+    return _sent(tfds_writer.write(plan, options.workers), data_dir, bucket)
 
 
-def _folder(text: str) -> Path:
-    if "://" in text:
-        raise argparse.ArgumentTypeError(
-            f"'{text}' is not a folder; data sets are made on a disk, and then copied there, by gcloud storage cp -r DIR {text}"
-        )
-    return Path(text)
+def _homes(option: str, given: str | None, disk: str | None) -> tuple[Path | None, Path | None]:
+    """(the data directory on a disk, that on a bucket or None) of a command. Raises UserError."""
+    place = storage.path(given, option) if given else None
+    if place is None or isinstance(place, Path):
+        if disk:
+            raise UserError(f"--disk: is for a bucket, and {option} is none; leave it away")
+        return place and place.absolute(), None
+    if not disk or not isinstance(storage.path(disk, "--disk"), Path):
+        raise UserError(f"--disk: '{given}' is a bucket; give a folder of this machine too, where the data set is made before")
+    return storage.path(disk).absolute(), place
+
+
+def _there(folder: Path, home: Path | None, bucket: Path | None) -> bool:
+    """Whether the data set of `folder` need not be made: it is there, or on the bucket."""
+    return bool(bucket) and sending.is_there(bucket / folder.relative_to(home).as_posix()) or _done(folder)
+
+
+def _sent(folder: Path, home: Path | None, bucket: Path | None) -> Path:
+    """Where the data set is at last: `folder`, or its place on a bucket."""
+    if not bucket:
+        return folder
+    place = bucket / folder.relative_to(home).as_posix()
+    if sending.is_there(place):
+        print(f"{place}: is there already; remove it to have it sent again", file=sys.stderr)
+    else:
+        sending.send(folder, place)
+    return place
 
 
 def _done(folder: Path) -> bool:
@@ -100,7 +127,7 @@ def _summary(folder: Path) -> str:
     if named and (classes := getattr(info.features["label"], "num_classes", None)):
         lines.append(f"  {classes} classes")
     name = info.name if folder.parent.name == info.name else f"{info.name}/{folder.parent.name}"
-    root = folder.parents[len(Path(name).parts)]
+    root = storage.above(folder)[len(Path(name).parts)]
     flags = f"--config.data.name={name} --config.data.data_dir={root}"
     if "test" not in info.splits and "validation" in info.splits:
         flags += " --config.data.test_split=validation"

@@ -106,13 +106,45 @@ def test_of_a_tfds_set_the_newest_version_and_the_splits_asked_for(bucket, tmp_p
         data.copied("yours", str(place), str(tmp_path), SPECS)
 
 
-@pytest.mark.parametrize("line", [["cifar100", "--data-dir=gs://bucket/x"], ["tfrecord", "x", "--out=gs://bucket/x"]])
-def test_data_sets_are_made_on_a_disk(line, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        (["cifar100", "--data-dir=gs://bucket/x"], "'gs://bucket/x' is a bucket; give a folder of this machine too"),
+        (["tfrecord", "x", "--out=gs://bucket/x"], "'gs://bucket/x' is a bucket; give a folder of this machine too"),
+        (["cifar100", "--data-dir=gs://bucket/x", "--disk=gs://bucket/y"], "is a bucket; give a folder of this machine too"),
+        (["cifar100", "--data-dir=x", "--disk=y"], "is for a bucket, and --data-dir is none"),
+        (["cifar100", "--data-dir=s3://bucket/x"], "'s3://bucket/x' is an address that is not known here"),
+    ],
+)
+def test_data_sets_are_made_on_a_disk(line, sentence, bucket, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as raised:
-        prepare.main(line)
-    assert raised.value.code == 2 and "'gs://bucket/x' is not a folder; data sets are made" in capsys.readouterr().err
+    assert prepare.main(line) == 2
+    assert sentence in (said := capsys.readouterr().err) and said.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_data_set_is_sent_to_a_bucket_and_what_lacks_is_sent_again(bucket, tmp_path, capsys):
+    disk, place = tmp_path / "disk", f"gs://bucket/{tmp_path.name}/sets"
+    train, test = (test_data._records(test_data._images(n, seed=seed)) for n, seed in ((20, 0), (6, 1)))
+    test_data._tfds(disk, {"train": [train[:5], train[5:]], "test": [test]}, name="cifar10", version="3.0.2")
+    line = ["cifar10", f"--data-dir={place}", f"--disk={disk}"]
+
+    def sent() -> set[str]:
+        bucket("forget")
+        assert prepare.main(line) == 0
+        return {name.rpartition("/")[2] for name in bucket("counts") if name.startswith("POST")}
+
+    files = {p.name for p in (disk / "cifar10/3.0.2").iterdir()}
+    assert sent() == files and len(files) == 5
+    assert f"--config.data.name=cifar10 --config.data.data_dir={place}" in capsys.readouterr().out
+    assert sent() == set()
+    folder = storage.path(f"{place}/cifar10/3.0.2")
+    storage.remove(folder / "dataset_info.json")  # as of a command that was stopped before its end
+    storage.replace(folder / "cifar10-train.array_record-00000-of-00002", b"something else")
+    assert sent() == {"dataset_info.json", "cifar10-train.array_record-00000-of-00002"}
+    there = data.load("cifar10", data.copied("cifar10", place, str(tmp_path / "ssd"), SPECS))
+    here = data.load("cifar10", str(disk))
+    assert np.array_equal(there.train.images, here.train.images) and np.array_equal(there.test.labels, here.test.labels)
 
 
 def test_records_are_read_where_they_lie(bucket, tmp_path, monkeypatch, capsys):

@@ -159,13 +159,13 @@ def _size(file: Path) -> int:
 
 def _one(source: Path, file: Path, entry: storage.Entry, bar: tqdm.tqdm) -> None:
     """Bring one file, unless the one that is there is it. Raises UserError where it comes damaged twice."""
-    if _size(file) == entry.size and _checksum(file) == entry.crc32c:
+    if _size(file) == entry.size and checksum(file) == entry.crc32c:
         bar.update(entry.size)
         return
     part = file.with_name(file.name + ".part")
     for _ in range(2):
         _rest(source, part, entry.size, bar)
-        if _checksum(part) == entry.crc32c:
+        if checksum(part) == entry.crc32c:
             part.replace(file)
             return
         part.unlink()
@@ -187,7 +187,7 @@ def _rest(source: Path, part: Path, size: int, bar: tqdm.tqdm) -> None:
         file.truncate(size)
 
 
-def _checksum(file: Path) -> str:
+def checksum(file: Path) -> str:
     """The CRC-32C of a file as buckets write it."""
     digest = google_crc32c.Checksum()
     with open(file, "rb") as content:
