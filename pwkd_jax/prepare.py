@@ -59,52 +59,23 @@ def prepare(options: argparse.Namespace) -> Path:
     if options.workers < 1:
         raise UserError(f"--workers: {options.workers} is not possible; it should be at least 1")
     if options.what == "tfrecord":
-        home, bucket = _homes("--out", options.out, options.disk)
+        home, bucket = sending.homes("--out", options.out, options.disk)
         plan = tfrecord.plan(options.directory, home)
-        if _there(plan.folder, home, bucket):
-            return _sent(plan.folder, home, bucket)
-        return _sent(tfds_writer.write(plan, options.workers), home, bucket)
-    data_dir, bucket = _homes("--data-dir", options.data_dir, options.disk)
+        if sending.on_bucket(plan.folder, home, bucket) or _done(plan.folder):
+            return sending.sent(plan.folder, home, bucket)
+        return sending.sent(tfds_writer.write(plan, options.workers), home, bucket)
+    data_dir, bucket = sending.homes("--data-dir", options.data_dir, options.disk)
     version = imagenet.VERSION if options.what == imagenet.NAME else cifar.VERSION
     folder = data_dir / options.what / version
-    if _there(folder, data_dir, bucket):  # asked before the archives are, which may be long gone
-        return _sent(folder, data_dir, bucket)
+    if sending.on_bucket(folder, data_dir, bucket) or _done(folder):  # asked before the archives are, which may be long gone
+        return sending.sent(folder, data_dir, bucket)
     if options.what == imagenet.NAME:
         tars = (options.train.expanduser(), options.validation.expanduser())
         plan = imagenet.plan(data_dir, *tars, options.labels, not options.no_checksum, options.workers)
     else:
         archive = options.archive and options.archive.expanduser()
         plan = cifar.plan(options.what, data_dir, archive, not options.no_checksum)
-    return _sent(tfds_writer.write(plan, options.workers), data_dir, bucket)
-
-
-def _homes(option: str, given: str | None, disk: str | None) -> tuple[Path | None, Path | None]:
-    """(the data directory on a disk, that on a bucket or None) of a command. Raises UserError."""
-    place = storage.path(given, option) if given else None
-    if place is None or isinstance(place, Path):
-        if disk:
-            raise UserError(f"--disk: is for a bucket, and {option} is none; leave it away")
-        return place and place.absolute(), None
-    if not disk or not isinstance(storage.path(disk, "--disk"), Path):
-        raise UserError(f"--disk: '{given}' is a bucket; give a folder of this machine too, where the data set is made before")
-    return storage.path(disk).absolute(), place
-
-
-def _there(folder: Path, home: Path | None, bucket: Path | None) -> bool:
-    """Whether the data set of `folder` need not be made: it is there, or on the bucket."""
-    return bool(bucket) and sending.is_there(bucket / folder.relative_to(home).as_posix()) or _done(folder)
-
-
-def _sent(folder: Path, home: Path | None, bucket: Path | None) -> Path:
-    """Where the data set is at last: `folder`, or its place on a bucket."""
-    if not bucket:
-        return folder
-    place = bucket / folder.relative_to(home).as_posix()
-    if sending.is_there(place):
-        print(f"{place}: is there already; remove it to have it sent again", file=sys.stderr)
-    else:
-        sending.send(folder, place)
-    return place
+    return sending.sent(tfds_writer.write(plan, options.workers), data_dir, bucket)
 
 
 def _done(folder: Path) -> bool:

@@ -14,9 +14,34 @@ _THREADS = 4  # a file is in memory while it is sent
 INFO = "dataset_info.json"  # without it a folder is no data set
 
 
-def is_there(place: Path) -> bool:
-    """Whether a whole data set lies at `place` on a bucket."""
-    return storage.is_file(place / INFO)
+def homes(option: str, given: str | None, disk: str | None) -> tuple[Path | None, Path | None]:
+    """(the data directory on a disk, that on a bucket or None) of a command that was given `option`, and --disk=`disk`. Raises
+    UserError."""
+    place = storage.path(given, option) if given else None
+    if place is None or isinstance(place, Path):
+        if disk:
+            raise UserError(f"--disk: is for a bucket, and {option} is none; leave it away")
+        return place and place.absolute(), None
+    if not disk or not isinstance(storage.path(disk, "--disk"), Path):
+        raise UserError(f"--disk: '{given}' is a bucket; give a folder of this machine too, where the data set is made before")
+    return storage.path(disk).absolute(), place
+
+
+def on_bucket(folder: Path, home: Path | None, bucket: Path | None) -> bool:
+    """Whether the data set whose place below `home` is `folder` lies whole below `bucket`."""
+    return bool(bucket) and storage.is_file(bucket / folder.relative_to(home).as_posix() / INFO)
+
+
+def sent(folder: Path, home: Path | None, bucket: Path | None) -> Path:
+    """Where the data set is at last: `folder`, or its place on a bucket."""
+    if not bucket:
+        return folder
+    place = bucket / folder.relative_to(home).as_posix()
+    if on_bucket(folder, home, bucket):
+        print(f"{place}: is there already; remove it to have it sent again", file=sys.stderr)
+    else:
+        send(folder, place)
+    return place
 
 
 def send(folder: Path, place: Path) -> None:
