@@ -1,5 +1,5 @@
-"""The evidence as tables and a picture, made from results/METHOD.json and results/screening/VARIANT.json: summary.json of the
-experiments as they ended (but for data.data_dir, emptied).
+"""The evidence as tables and a picture, made from results/METHOD.json and results/screening/VARIANT.json, summary.json of the
+experiments as they ended (but for data.data_dir, emptied), and results/explained/kd.json of explain.py.
 
     python configs/evidence/page.py                  print the table of the methods in Markdown, as the README has it
     python configs/evidence/page.py --screening      that of the screening
@@ -19,6 +19,7 @@ from scipy import stats
 
 HERE = Path(__file__).parent
 ORDER = ("alone", "kd_standard", "kd_whole", "kd_whole_cyclic", "pwkd", "pwkd_reversed", "pwkd_random")
+COLOURS = {"kd_whole": "#007a5e", "kd_whole_cyclic": "#0068b5", "pwkd": "#cc4e00", "pwkd_reversed": "#8a4fbf"}
 CONTROLS = ("kd_whole", "kd_whole_cyclic")
 
 
@@ -75,7 +76,7 @@ def table(found: dict[str, dict]) -> str:
 
 def screened() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{variant: (pwkd, kd_whole) by seed} of the screening, the greatest mean gain first."""
-    found = {path.stem: json.loads(path.read_text()) for path in (HERE / "results" / "screening").glob("*.json")}
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results" / "screening").glob("*.json"))}
     pairs = {
         # A variant of the stages alone has the kd_whole of `base`.
         name: (last(summary, "pwkd"), last(summary if "kd_whole" in summary["arms"] else found["base"], "kd_whole"))
@@ -95,15 +96,24 @@ def screening_table() -> str:
 
 
 def picture(found: dict[str, dict], path: Path) -> None:
-    """Accuracy of the teacher by width, the students while they train, arms, and gains."""
-    kd = found["kd"]
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    by_width, curves, arms, gains = figure.subplots(1, 4)
+    """Accuracy and calibration of the teacher by width, the students while they train, whom they end up like; arms, the gain by
+    method, and that of every variant that was screened."""
+    kd, explained = found["kd"], json.loads((HERE / "results" / "explained" / "kd.json").read_text())
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    (by_width, curves, alike), (arms, gains, screening) = figure.subplots(2, 3)
     widths = kd["teachers"]["slimmable"]["widths"]
-    by_width.plot([w["width"] for w in widths], [w["top1_last"] for w in widths], "o-", color="#0068b5")
+    by_width.plot([w["width"] for w in widths], [w["top1_last"] for w in widths], "o-", color="#0068b5", label="top-1")
+    errors = [explained["teacher"][f"{w['width']:g}"]["calibration_error"] for w in widths]
+    beside = by_width.twinx()
+    beside.plot([w["width"] for w in widths], errors, "s--", color="#777777")
+    beside.set(ylabel="calibration error, % (dashed)", ylim=(0, None))
     by_width.set(title="teacher", xlabel="width", ylabel="top-1, %")
-    colours = {"kd_whole": "#007a5e", "kd_whole_cyclic": "#0068b5", "pwkd": "#cc4e00"}
-    for arm, colour in colours.items():
+    for arm, colour in COLOURS.items():
+        like = explained["arms"][arm]["like"]
+        alike.plot([float(w) for w in like], [like[w]["agreement"] for w in like], "o-", color=colour, label=arm, markersize=3)
+    alike.set(title="agreement of the students at the end", xlabel="with the teacher at width", ylabel="%")
+    alike.legend(frameon=False, fontsize=7)
+    for arm, colour in list(COLOURS.items())[:3]:
         runs = [run["curve"] for run in kd["runs"] if run["arm"] == arm]
         steps = [point["epoch"] for point in runs[0]]
         scores = np.array([[point["top1"] for point in run] for run in runs])
@@ -115,14 +125,21 @@ def picture(found: dict[str, dict], path: Path) -> None:
     scores = [last(kd, arm) for arm in shown]
     arms.errorbar([s.mean() for s in scores], shown, xerr=[s.std(ddof=1) for s in scores], fmt="o", color="#333333", capsize=3)
     arms.set(title="last top-1, %, mean and std")
-    each = {method: gain(summary) for method, summary in found.items()}
-    gains.axvline(0, color="#999999", linewidth=0.8)
-    gains.errorbar(
-        [g[1] for g in each.values()], list(each), xerr=[g[2] for g in each.values()], fmt="o", color="#cc4e00", capsize=3
-    )
+    _gains(gains, {method: gain(summary)[1:] for method, summary in found.items()})
     gains.set_title("pwkd minus its better control,\npoints, 95 % interval", fontsize=9)
-    gains.margins(y=0.3)
+    variants = {f"{name}": interval(ours - theirs) for name, (ours, theirs) in screened().items()}
+    _gains(screening, dict(reversed(variants.items())))
+    screening.set_title("screening: pwkd minus kd_whole,\npoints, three seeds, 95 % interval", fontsize=9)
+    screening.tick_params(axis="y", labelsize=7)
     figure.savefig(path, dpi=110)
+
+
+def _gains(axes, each: dict[str, tuple[float, float]]) -> None:
+    """{row: (mean, half width of its interval)} as points with bars."""
+    axes.axvline(0, color="#999999", linewidth=0.8)
+    means, halves = zip(*each.values(), strict=True)
+    axes.errorbar(means, list(each), xerr=halves, fmt="o", color="#cc4e00", capsize=3)
+    axes.margins(y=0.3 if len(each) < 6 else 0.05)
 
 
 def main(arguments: list[str] | None = None) -> int:
