@@ -2,7 +2,7 @@
 
 What a notebook needs, in the order of use; nothing is imported before it is asked for:
 
-    task, load_data, Batches, batches, augment, normalise           images: arrays, any iterable of batches, named data sets
+    task, load_data, Batches, batches, augment, Mixing, normalise   images: arrays, any iterable of batches, named data sets
     make_slimmable, take, mask, sandwich_loss                       a teacher of your own Flax module, read at a width
     train_teacher, load_teacher                                     trained by the sandwich rule, frozen, kept
     stage_plan, even_plan, cycles, learning_rate                    who teaches when, and at which learning rate
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Batches": "data:Batches",
     "Dataset": "data:Dataset",
+    "Mixing": "data:Mixing",
     "augment": "data:augment",
     "batches": "data:batches",
     "load_data": "data:load",

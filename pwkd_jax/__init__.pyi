@@ -2,6 +2,7 @@
 
 from pwkd_jax.data import Batches as Batches
 from pwkd_jax.data import Dataset as Dataset
+from pwkd_jax.data import Mixing as Mixing
 from pwkd_jax.data import augment as augment
 from pwkd_jax.data import batches as batches
 from pwkd_jax.data import load as load_data
@@ -45,6 +46,7 @@ __all__ = [
     "Cadence",
     "Dataset",
     "Distillation",
+    "Mixing",
     "Network",
     "Outputs",
     "Progress",

@@ -324,5 +324,8 @@ def refuse_masking(net: Slimmable, image_shape: tuple[int, ...]) -> None:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """-log softmax(logits)[label] per image: [B, classes], [B] -> [B]."""
+    """-log softmax(logits)[label] per image: [B, classes], labels [B] int -> [B]; of targets [B, classes] float, their sum
+    weighted by them."""
+    if labels.ndim == 2:
+        return -jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1)
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]

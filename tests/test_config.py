@@ -82,6 +82,8 @@ def test_overrides(override, key, value):
         ("student.widths=(0.3,)", r"student.widths: .* from teacher.widths, which are"),
         ("student.temperatures=(1,2)", r"student.temperatures: .* 4 numbers above 0"),
         ("student.temperatures=(1,2,3,0)", r"student.temperatures: .* 4 numbers above 0"),
+        ("teacher.mix.mixup=-1", r"teacher.mix.mixup: -1.* from 0 to 100"),
+        ("student.mix.smoothing=1", r"student.mix.smoothing: 1.* from 0 to 0.999"),
         ("student.stage_shares=(1,2)", r"student.stage_shares: .* 4 numbers above 0"),
         ("student.reset=memory", r"student.reset: .* from momentum, batch_norm, weights"),
         ("student.budget=free", r"student.budget: .* one of total, per_stage"),

@@ -150,6 +150,8 @@ def check(config: ConfigDict) -> None:
         need(f"{who}.optimizer.nesterov", not o.nesterov or o.momentum > 0, "false where momentum is 0")
         need(f"{who}.optimizer.weight_decay", o.weight_decay >= 0, "0 or more")
         need(f"{who}.optimizer.clip_norm", o.clip_norm >= 0, "0 (off) or the largest norm")
+        for name, most in (("mixup", 100), ("cutmix", 100), ("chance", 1), ("switch", 1), ("smoothing", 0.999)):
+            need(f"{who}.mix.{name}", 0 <= g.mix[name] <= most, f"from 0 to {most}")
         one_of(f"{who}.schedule.form", schedules.CYCLES)
         need(f"{who}.schedule.peak", r.peak > 0, "above 0")
         need(f"{who}.schedule.floor", 0 <= r.floor <= 1, "in [0, 1]")

@@ -30,6 +30,16 @@ def _schedule(peak: float) -> ConfigDict:
     })  # fmt: skip
 
 
+def _mixing() -> ConfigDict:
+    return ConfigDict({
+        "mixup": 0.0,  # alpha of Beta(alpha, alpha), by which images and labels of a batch are mixed; 0: off
+        "cutmix": 0.0,  # the same of boxes of one image in another
+        "chance": 1.0,  # of a batch being mixed
+        "switch": 0.5,  # of CutMix, where both are on
+        "smoothing": 0.0,  # of labels: of each, so much is spread over all classes
+    })  # fmt: skip
+
+
 def default() -> ConfigDict:
     """A new ConfigDict with every key. Locked: a key that is not here cannot be set."""
     config = ConfigDict()
@@ -83,6 +93,7 @@ def default() -> ConfigDict:
         "batch_size": 64,
         "sharding": "replicated",  # of parameters and optimiser state; fsdp: large arrays split over the devices
     })  # fmt: skip
+    config.teacher.mix = _mixing()
     config.teacher.calibration = ConfigDict({
         "images": 0,  # measure batch-norm statistics anew on so many training images; 0: keep the running ones
         "batch_size": 256,
@@ -114,6 +125,7 @@ def default() -> ConfigDict:
         "teacher_dtype": "",  # in which it predicts: float32 or bfloat16; '': dtype
         "teacher_folded": False,  # its batch norm folded into its convolutions
     })  # fmt: skip
+    config.student.mix = _mixing()  # seen by student and teacher alike, unless same_crop is false
     config.student.distiller = ConfigDict({"name": "kd", **distillers.fields("kd")})
     config.student.optimizer = _optimizer()
     config.student.schedule = _schedule(0.05)

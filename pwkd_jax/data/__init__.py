@@ -5,6 +5,7 @@ random crops and flips on uint8, then normalisation to float32 (`augment`)."""
 
 from pwkd_jax.data.augment import augment, channel_statistics, normalise
 from pwkd_jax.data.copies import copied
+from pwkd_jax.data.mixing import Mixing
 from pwkd_jax.data.normalisation import check_normalisation
 from pwkd_jax.data.pipeline import Pipeline
 from pwkd_jax.data.sources import class_names, load, load_split, many_sizes
@@ -15,6 +16,7 @@ from pwkd_jax.data.user_data import Batches, as_split
 __all__ = [
            "Batches",
            "Dataset",
+           "Mixing",
            "Pipeline",
            "Split",
            "Stream",

@@ -5,7 +5,8 @@ A distiller is a Flax module called as `distiller(student, teacher, batch, progr
     student, teacher   `models.Outputs` of the same images; no gradient flows into the teacher's
     batch              {"image" [B, H, W, C] float, "label" [B] int, "index" [B] int: the sample's place in the training
                        set, "dataset_label" [N] int: the labels of that whole set, where the images lie in RAM or the
-                       distiller has a true property `dataset_labels`}
+                       distiller has a true property `dataset_labels`, "target" [B, classes] float: soft labels, where
+                       labels are smoothed or images mixed; mixed ones have no label, and a method that reads it is refused}
     progress           `Progress`: the stage, and the steps and epochs seen in it; a warm-up counts from there
     loss               scalar, a mean over the batch; metrics: {name: scalar or [B]}, logged beside it
 

@@ -70,7 +70,7 @@ class Distillation:
         """(weighted loss, state, metrics) of one batch when the sub-network at `width` teaches."""
         block, rngs, method = self._block(params, state, width), protocol.rngs(key, self.draws), self._method(width)
         teacher = jax.lax.stop_gradient(teacher)
-        ce = jnp.mean(slimmable.cross_entropy(student.logits, batch["label"]))
+        ce = jnp.mean(slimmable.cross_entropy(student.logits, batch.get("target", batch["label"])))
         if self.standardise:
             student, teacher = (out._replace(logits=standardise(out.logits)) for out in (student, teacher))
         inputs = (student, teacher, batch, progress)
@@ -149,11 +149,13 @@ def build(
     *,
     standardise: bool = False,
     temperatures: Mapping[float, float] | None = None,
+    mixed: bool = False,
 ) -> Distillation:
     """Fit `distiller` to abstract outputs of the student and of the teacher at each width, without allocating.
 
     Raises UserError where the method cannot serve this pair: its own reason, the path of a parameter that is no leading
-    block at some width, or what a method of your own does wrong, see `protocol`.
+    block at some width, or what a method of your own does wrong, see `protocol`; and where images are `mixed`, of several
+    labels, and the method reads the one.
     """
     protocol.takes(distiller)
     temperatures = temperatures or {}
@@ -173,6 +175,8 @@ def build(
                 "full width, so it cannot follow the stages"
             )
     widest = next(iter(teachers))
+    if mixed:
+        protocol.unlabelled(distiller, likes[widest], (student, teachers[widest], batch, START))
     draws = protocol.check(distiller, likes[widest], (student, teachers[widest], batch, START))
     return Distillation(distiller, student, teachers, batch, likes, standardise, draws, temperatures)
 
@@ -188,6 +192,7 @@ def fit(
     index: bool = True,
     standardise: bool = False,
     temperatures: Mapping[float, float] | None = None,
+    mixed: bool = False,
 ) -> Distillation:
     """`build` for the models themselves: a student, and the teacher's member at every width, of images [H, W, C].
 
@@ -210,7 +215,7 @@ def fit(
     try:
         return build(
             distiller, outputs(student), {w: outputs(m) for w, m in teachers.items()}, batch, standardise=standardise,
-            temperatures=temperatures,
+            temperatures=temperatures, mixed=mixed,
         )  # fmt: skip
     except KeyError as e:
         if e.args[0] in ("index", "dataset_label"):

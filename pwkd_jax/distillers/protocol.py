@@ -76,6 +76,37 @@ def arrays(distiller: nn.Module, like: dict) -> None:
             )
 
 
+class _Mixed(dict):
+    """A batch of mixed images, which have no label and no place of their own."""
+
+    def __getitem__(self, key):
+        if key in ("label", "index", "dataset_label"):
+            raise UserError(key)
+        return super().__getitem__(key)
+
+def unlabelled(distiller: nn.Module, like: dict, inputs: tuple) -> None:
+    """UserError for a method that reads which image, or of which class, each of its batch is: mixed ones are two.
+
+    like: its abstract variables. inputs: abstract (student, teacher, batch, progress).
+    """
+    for method in ("__call__", *(["initial"] if getattr(distiller, "initial_epochs", 0.0) > 0 else [])):
+
+        def run(variables, student, teacher, batch, progress, key, method=method):
+            mutable = [name for name in variables if name != "params"]
+            inputs = (student, teacher, _Mixed(batch, target=jnp.zeros(student.logits.shape)), progress)
+            return distiller.apply(variables, *inputs, rngs=rngs(key, True), mutable=mutable, method=method)
+
+        try:
+            jax.eval_shape(run, like, *inputs, jax.eval_shape(lambda: jax.random.key(0)))
+        except UserError as e:
+            if str(e) not in ("label", "index", "dataset_label"):
+                raise
+            raise UserError(
+                f"student.distiller: {type(distiller).__name__} reads batch['{e}'], and mixed images have two of each; leave "
+                "student.mix.mixup and student.mix.cutmix away, or choose a method that compares networks alone, such as kd"
+            ) from e
+
+
 def check(distiller: nn.Module, like: dict, inputs: tuple) -> bool:
     """Whether a distiller draws from other random streams than its own. Raises UserError for what one's own does wrong.
 

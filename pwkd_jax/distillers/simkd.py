@@ -68,7 +68,8 @@ class SimKD(nn.Module):
 
     def __call__(self, student, teacher, batch, progress):
         projected, target, logits = self._project(student, teacher, train=True)
-        metrics = {"predicted_cross_entropy": slimmable.cross_entropy(logits, batch["label"])}
+        labels = batch["target"] if "target" in batch else batch["label"]
+        metrics = {"predicted_cross_entropy": slimmable.cross_entropy(logits, labels)}
         return simkd_loss(projected, target), metrics
 
     def predict(self, student, teacher) -> jax.Array:

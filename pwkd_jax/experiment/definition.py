@@ -213,7 +213,14 @@ def fit_distiller(
         distillers.create(c.distiller.name, **options), student, {w: net.members[w] for w in {*widths, net.widest}},
         tuple(facts["image_shape"]), batch_size=c.batch_size, images=facts["train_images"] if wants_labels(config) else 0,
         standardise=c.standardise_logits, temperatures=dict(zip(by_width, c.temperatures, strict=False)),
+        mixed=data.Mixing(facts["num_classes"], **c.mix).mixes,
     )  # fmt: skip
+
+
+def mixing(config: ConfigDict, who: str, classes: int) -> data.Mixing | None:
+    """What `who`.mix makes of images and labels; None where it leaves them as they are."""
+    mix = data.Mixing(classes, **config[who].mix)
+    return mix if mix.mixes or mix.smoothing else None
 
 
 def other_classes(known: Sequence[str], given: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pwkd_jax import distillers, models, stages
-from pwkd_jax.experiment.definition import Experiment, wants_labels
+from pwkd_jax.experiment.definition import Experiment, mixing, wants_labels
 from pwkd_jax.models import precision
 from pwkd_jax.training import dispatch, distil, schedules, sharding, student, students_together, teacher
 
@@ -24,7 +24,8 @@ def teacher_arguments(experiment: Experiment, name: str) -> dict:
     sandwich = {"loss": c.loss, "sampling": c.sampling} if name == "slimmable" else {}
     rule = experiment.rule("teacher", [(0, total)])
     return {"rule": rule, "sharding_how": c.sharding, "start": experiment.start.get(name), "reduction": c.reduction,
-            "subnetworks": c.subnetworks, "skip": experiment.skips, **sandwich}  # fmt: skip
+            "subnetworks": c.subnetworks, "skip": experiment.skips,
+            "mix": mixing(experiment.config, "teacher", experiment.task.num_classes), **sandwich}  # fmt: skip
 
 
 def teacher_step(experiment: Experiment, name: str) -> tuple[Callable, Callable]:
@@ -47,6 +48,7 @@ def student_steps(
         experiment.rule("student", *experiment.spans(plan)), same_crop=c.same_crop,
         data_seed=experiment.config.seed if c.batches == "shared" else None, several=several, sharding_how=c.sharding,
         start=experiment.start.get("student"), skip=experiment.skips,
+        mix=mixing(experiment.config, "student", experiment.task.num_classes),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from clu import parameter_overview
 
-from pwkd_jax import distillers, models, stages, storage, weights
+from pwkd_jax import data, distillers, models, stages, storage, weights
 from pwkd_jax.distillers import Distillation
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import contract, precision
@@ -29,12 +29,13 @@ from pwkd_jax.weights import Network
 
 def fit(
     student: nn.Module, teacher: "Teacher | Network", task: Task, distiller: str | nn.Module | Distillation = "kd", *,
-    batch_size: int | None = None, standardise: bool = False,
+    batch_size: int | None = None, standardise: bool = False, mixed: bool = False,
 ) -> Distillation:  # fmt: skip
     """A distiller fitted to a student and every sub-network of a teacher, by shapes alone: its loss for a loop of your own.
 
     distiller: a name (see `distillers`), a Flax module, or what was fitted before. standardise: whether it sees standardised
-    logits. Raises UserError where it cannot serve this pair, or the student these images.
+    logits. mixed: whether images are mixed ones, with more than one label. Raises UserError where it cannot serve this pair, or
+    the student these images.
     """
     if isinstance(distiller, Distillation):
         return distiller
@@ -47,7 +48,7 @@ def fit(
     net, size = as_teacher(teacher).net, arguments.batch_size(task, batch_size)
     return distillers.fit(
         method, student, net.members, task.image_shape, batch_size=size, images=len(task.train) if task.labels else 0,
-        index="index" in getattr(task.train, "keys", ("index",)), standardise=standardise,
+        index="index" in getattr(task.train, "keys", ("index",)), standardise=standardise, mixed=mixed,
     )  # fmt: skip
 
 
@@ -66,6 +67,7 @@ def programs(
     start: dict | None = None,
     metrics: Callable | None = None,
     skip: bool = False,
+    mix: data.Mixing | None = None,
 ) -> tuple[Callable, dict[tuple[float, ...], Callable]]:
     """(creator of the first state from (seed, variables to start from or None), {widths: compiled step(state, batch, teacher)})
     for all seeds and stages of a plan. members: {width: model} of the teacher. The rest as `student.make_step` has it; several:
@@ -84,7 +86,7 @@ def programs(
     def compiled(widths: tuple[float, ...]) -> Callable:
         step = students.make_step(
             student, members, widths, distillation, plan, *rule, task.preprocess, images=len(task.train), same_crop=same_crop,
-            data_seed=data_seed, several=several, own=metrics,
+            data_seed=data_seed, several=several, own=metrics, mix=mix,
         )  # fmt: skip
         step = skipping(step) if skip else step
         return sharding.jit_step(task.mesh, dispatch.many(step, task.image_shape), create.layout)
@@ -171,6 +173,7 @@ def distil(
     sharding: str = "replicated",
     profiled: str = "",
     non_finite: str = "stop",
+    mix: data.Mixing | None = None,
     compiled: tuple[Callable, dict] | None = None,
 ) -> Student:
     """Teach `student`, stage by stage as the plan says, with any distiller; without a teacher, by the labels alone.
@@ -184,7 +187,8 @@ def distil(
     mean}): after every step. directory: where checkpoints and metrics go, and where a stopped run goes on; nothing is kept
     without one. label: '' prints nothing. several: seeds together in one program, `seed` being theirs [students]; model and
     variables are then the first one's. non_finite: `stop` at a step whose loss or gradient is not finite, or `skip` and count
-    it. compiled: of `programs`, to use again. Raises UserError where something does not fit or is not finite.
+    it. mix: mixup, CutMix, label smoothing. compiled: of `programs`, to use again. Raises UserError where something does not
+    fit or is not finite.
     """
     teacher = None if teacher is None else as_teacher(teacher)
     arguments.task(task)
@@ -209,14 +213,15 @@ def distil(
         raise UserError("teacher: the plan has stages that are taught, and there is none; give one, or leave the plan away")
     if teacher and (missing := {w for s in plan for w in s.widths} - {*teacher.variables}):
         raise UserError(f"plan: a stage is taught at width {min(missing):g}, which the teacher does not have: {teacher.widths}")
-    distillation = fit(student, teacher, task, distiller, batch_size=size) if teacher else None
+    mixed = mix is not None and mix.mixes
+    distillation = fit(student, teacher, task, distiller, batch_size=size, mixed=mixed) if teacher else None
     ends = [s.end for s in plan]
     spans = stages.cycles(plan, True)
     rule = states.rule(optimizer, learning_rate, lambda peak: schedules.learning_rate(spans, form="cosine", peak=peak))
     create, stepping = compiled or programs(
         student, teacher.net.members if teacher else {}, plan, distillation, task, rule, same_crop=same_crop,
         data_seed=data_seed, several=several, sharding_how=sharding, start=start, metrics=arguments.own_metrics(metrics),
-        skip=non_finite == "skip",
+        skip=non_finite == "skip", mix=mix,
     )  # fmt: skip
     init = jax.vmap(rule.direction.init) if several else rule.direction.init
     seed = np.asarray(seed, np.uint32) if several else seed
@@ -255,7 +260,7 @@ def distil(
             "plan": [list(s) for s in plan], "batch size": size, "seed": int(seed), "data seed": data_seed,
             "optimizer": str(jax.tree.structure(state.opt_state)), "learning rate": record.schedule(rule.schedule, ends[-1]),
             "start": None if start is None else record.digest(start), "same crop": same_crop, "reset": list(reset),
-            "connectors": connectors,
+            "connectors": connectors, **({"mix": repr(mix)} if mix else {}),
         })  # fmt: skip
     if directory:
         distributed.write(directory / "parameters.txt", overview + "\n")

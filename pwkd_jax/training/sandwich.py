@@ -23,7 +23,7 @@ def sandwich_loss(
     key: jax.Array | None = None,
     own: Callable | None = None,
 ) -> tuple[jax.Array, tuple[dict, dict]]:
-    """Joint loss of the sub-networks on one batch: images [B, H, W, C] float, labels [B] int.
+    """Joint loss of the sub-networks on one batch: images [B, H, W, C] float, labels [B] int or targets [B, classes] float.
 
     sampling `all`: every width of the table, widest first; `sandwich`: the widest, then the narrowest, then
     `subnetworks - 2` drawn with `key` from the rest (US-Net, Yu and Huang, ICCV 2019).
@@ -35,6 +35,7 @@ def sandwich_loss(
     Returns (scalar, (statistics after this step, {metric name: per-image values [B]})).
     """
     target = None
+    label = labels if labels.ndim == 1 else jnp.argmax(labels, -1)
     noisy = net.draws(images.shape[1:])
     if noisy and key is None:
         raise UserError("key: this network draws random numbers in training (dropout); give a jax.random.key of the step")
@@ -48,8 +49,8 @@ def sandwich_loss(
         else:
             soft = -jnp.sum(target * jax.nn.log_softmax(out.logits), axis=-1)
             value = soft if loss == "inplace" else hard + soft
-        seen = {"train_loss": value, "train_top1": 100.0 * (jnp.argmax(out.logits, -1) == labels)}
-        return (value, seen | (own(out, labels) if own else {}), out.logits), statistics
+        seen = {"train_loss": value, "train_top1": 100.0 * (jnp.argmax(out.logits, -1) == label)}
+        return (value, seen | (own(out, label) if own else {}), out.logits), statistics
 
     total, metrics = 0.0, {}
     fixed = net.table if sampling == "all" else (net.widest, net.widths[-1])

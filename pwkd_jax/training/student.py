@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from pwkd_jax import models, slimmable
+from pwkd_jax.data import Mixing
 from pwkd_jax.distillers import Distillation, Progress
 from pwkd_jax.stages import Stage, place
 from pwkd_jax.training import metrics
@@ -63,6 +64,7 @@ def make_step(
     data_seed: int | None = None,
     several: Several | None = None,
     own: Callable | None = None,
+    mix: Mixing | None = None,
 ) -> Callable:
     """step(state, batch, teacher) -> (state, metrics) for the stages that `widths` teach; no widths is no teacher.
 
@@ -70,7 +72,8 @@ def make_step(
     drawn at each step. One program serves every stage with the same widths: what differs between them (learning rate, steps
     seen in the stage) comes from the state's step. images: in one epoch. data_seed: of augmentation and drawn widths, in place
     of the state's own. several: the state is that of several students, see `students_together`. own(outputs, labels) -> {name:
-    per-image values [B]}: metrics besides ours.
+    per-image values [B]}: metrics besides ours. mix: what becomes of
+    images and labels; the teacher sees the same ones, unless it has crops of its own.
     """
     locate = place(plan)
 
@@ -78,6 +81,10 @@ def make_step(
         common = state if data_seed is None else state.replace(seed=jnp.uint32(data_seed))
         inputs = preprocess(rng(common, 0), batch["image"])
         teacher_images = inputs if same_crop else preprocess(rng(common, 2), batch["image"])
+        if mix:
+            inputs, targets = mix(rng(common, 5), inputs, batch["label"])
+            teacher_images = inputs if same_crop else mix(rng(common, 6), teacher_images, batch["label"])[0]
+            batch = batch | {"label": jnp.argmax(targets, -1), "target": targets}
         batch = batch | {"image": inputs}
         stage, at = locate(state.step)
         progress = Progress(stage, at, at * (len(batch["label"]) / images))
@@ -92,7 +99,7 @@ def make_step(
                 out, kept = models.forward(model, read(params, state.collections), inputs, train=True, key=key)
                 seen = {"train_top1": metrics.top1(out.logits, batch["label"])} | (own(out, batch["label"]) if own else {})
                 if width is None:
-                    loss = jnp.mean(slimmable.cross_entropy(out.logits, batch["label"]))
+                    loss = jnp.mean(slimmable.cross_entropy(out.logits, batch.get("target", batch["label"])))
                     collections = _collections(kept, state.collections["distiller"])
                     return loss, (collections, {**seen, "cross_entropy": loss})
                 loss, known, values = distillation(

@@ -37,12 +37,13 @@ from pwkd_jax.weights import Network
 
 def make_step(
     net: Slimmable, tx: optax.GradientTransformation, schedule: Callable | None, preprocess: Callable,
-    mesh: jax.sharding.Mesh | None = None, **sandwich
+    mesh: jax.sharding.Mesh | None = None, mix: data.Mixing | None = None, **sandwich
 ) -> Callable:
     """step(state, batch) -> (state, metrics): one optimiser update from the gradients of all sub-networks together.
 
     preprocess(key, uint8 images) -> float images, augmented. sandwich: the keywords of `sandwich.sandwich_loss`. mesh: that of
     the state's arrays where each device along `data` has the parameters whole; the step then communicates less.
+    mix: what becomes of images and labels after that.
     """
 
     def loss_fn(params, statistics, key, images, labels):
@@ -51,10 +52,10 @@ def make_step(
     gradient = device_gradients.value_and_grad(loss_fn, net, mesh) if mesh else jax.value_and_grad(loss_fn, has_aux=True)
 
     def step(state: State, batch: dict):
-        images = preprocess(rng(state, 0), batch["image"])
-        (loss, (statistics, values)), grads = gradient(
-            state.params, state.collections, rng(state, 1), images, batch["label"]
-        )
+        images, labels = preprocess(rng(state, 0), batch["image"]), batch["label"]
+        if mix:
+            images, labels = mix(rng(state, 2), images, labels)
+        (loss, (statistics, values)), grads = gradient(state.params, state.collections, rng(state, 1), images, labels)
         state, used = apply_gradients(state, grads, statistics, tx, schedule)
         return state, metrics.collect({"train_loss": loss, **used, **values})
 
@@ -206,6 +207,7 @@ def train_teacher(
     profiled: str = "",
     cards: Callable[[float, list[dict]], dict] | None = None,
     non_finite: str = "stop",
+    mix: data.Mixing | None = None,
     compiled: tuple[Callable, Callable] | None = None,
 ) -> Teacher:
     """Train all widths of `net` together by the sandwich rule and freeze them.
@@ -218,7 +220,8 @@ def train_teacher(
     every step. directory: where checkpoints and metrics go, and where a stopped run goes on; nothing is kept without one.
     label: '' prints nothing. sharding, frozen_sharding: replicated or fsdp, of the state and of what is frozen. cards(width,
     rows) -> the card of a sub-network, see `weights`. non_finite: `stop` at a step whose loss or gradient is not finite, or
-    `skip` and count it. compiled: of `programs`, to use again. Raises UserError where something does not fit or is not finite.
+    `skip` and count it. mix: mixup, CutMix, label smoothing. compiled: of `programs`, to use again. Raises UserError where
+    something does not fit or is not finite.
     """
     if not isinstance(net, Slimmable):
         raise UserError(f"net: should come of pwkd_jax.make_slimmable, and this is a {type(net).__name__}")
@@ -239,7 +242,7 @@ def train_teacher(
     total = schedules.steps(duration, "duration", batch_size=size, images=images) if isinstance(duration, str) else duration
     rule = states.rule(optimizer, learning_rate, lambda peak: schedules.learning_rate([(0, total)], form="cosine", peak=peak))
     sandwich = {"loss": loss, "sampling": sampling, "subnetworks": subnetworks, "reduction": reduction}
-    sandwich |= {"own": arguments.own_metrics(metrics)}
+    sandwich |= {"own": arguments.own_metrics(metrics), "mix": mix}
     skip = non_finite == "skip"
     create, step = compiled or programs(net, task, rule, sharding_how=sharding, start=start, skip=skip, **sandwich)
     calibrate = calibration and calibration.get("images") and make_calibration(
@@ -267,7 +270,7 @@ def train_teacher(
             "steps": int(total), "batch size": size, "seed": int(seed), "loss": loss, "sampling": sampling,
             "subnetworks": subnetworks, "reduction": reduction, "optimizer": str(jax.tree.structure(state.opt_state)),
             "learning rate": record.schedule(rule.schedule, total),
-            "start": None if start is None else record.digest(start),
+            "start": None if start is None else record.digest(start), **({"mix": repr(mix)} if mix else {}),
         })  # fmt: skip
     if directory:
         distributed.write(directory / "parameters.txt", overview + "\n")

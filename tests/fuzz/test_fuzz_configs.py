@@ -68,6 +68,8 @@ for who in ("teacher", "student"):
         f"{who}.schedule.peak": ("0.1", "1e-3"),
         f"{who}.schedule.floor": ("0", "0.1", "1"), f"{who}.schedule.factor": ("0.1", "1"),
         f"{who}.schedule.milestones": ("()", "(0.5,)"),
+        f"{who}.mix.mixup": ("0", "0.8"), f"{who}.mix.cutmix": ("0", "1"), f"{who}.mix.chance": ("1", "0.5"),
+        f"{who}.mix.switch": ("0.5", "0"), f"{who}.mix.smoothing": ("0", "0.1"),
         f"{who}.schedule.warmup": ("0 epochs", "1 step", "10 %"),
     }  # fmt: skip
 PLAUSIBLE |= {"student.teacher_sharding": ("replicated", "fsdp"), "student.schedule.peak_decay": ("1.0", "0.5")}
