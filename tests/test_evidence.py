@@ -22,6 +22,14 @@ def test_the_readme_has_the_tables_of_the_summaries():
     assert found == page.table(page.summaries())
 
 
+def test_the_readme_has_the_table_of_the_screening():
+    text = (ROOT / "README.md").read_text()
+    assert re.search(r"<!-- screening -->\n(.*?)\n<!-- end of screening -->", text, re.DOTALL)[1] == page.screening_table()
+    for path in (ROOT / "configs/evidence/results/screening").glob("*.json"):
+        summary = json.loads(path.read_text())
+        assert summary["config"]["data"]["test_split"] == "train[45000:]" and summary["environment"]["git_dirty"] is False
+
+
 def test_the_sentence_on_the_first_screen_is_that_of_kd():
     text = " ".join((ROOT / "README.md").read_text().split())
     kd = page.summaries()["kd"]

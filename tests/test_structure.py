@@ -13,7 +13,7 @@ import pytest
 import pwkd_jax
 
 ROOT = Path(pwkd_jax.__file__).parent
-COMMANDS = {"train", "evaluate", "report", "prepare", "convert", "export", "preflight", "benchmark", "sweep"}
+COMMANDS = {"train", "evaluate", "report", "prepare", "convert", "export", "preflight", "benchmark", "sweep", "predict"}
 IDEAS = {"slimmable", "stages"}
 GROUND = {"errors", "storage"}
 PACKAGES = {"config", "cost", "data", "distillers", "examples", "experiment", "models", "reporting", "training", "weights"}

@@ -61,8 +61,8 @@ def _opened(
     split: str | None, model: str, image_size: int | None, resize: int | None, workers: int, copy: str,
 ) -> tuple[Scored, Scored | None, str, str, data.Split | data.Stream]:  # fmt: skip
     """(the network, its teacher, the data set, the split, its images) that a command names. Raises UserError."""
-    own = _open(target, width, model)
-    taught = _open(teacher, teacher_width, model) if teacher else None
+    own = open_target(target, width, model)
+    taught = open_target(teacher, teacher_width, model) if teacher else None
     name, split = data or own.data["name"], split or (own.data["test_split"] if data is None else "test")
     if not name:
         raise UserError(f"--data: {target} does not say what it was trained on; name a data set")
@@ -123,7 +123,8 @@ def _takes(scored: Scored) -> str:
     return f"takes {'x'.join(map(str, scored.image_shape))} images and knows {scored.num_classes} classes"
 
 
-def _open(target: str, width: float | None, model: str) -> Scored:
+def open_target(target: str, width: float | None = None, model: str = "") -> Scored:
+    """What a command names, ready to predict. Raises UserError."""
     if Path(target).suffix == ".stablehlo":
         for option, value in (("--width", width), ("--model", model)):
             if value:
