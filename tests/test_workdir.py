@@ -91,10 +91,11 @@ def test_a_key_that_is_no_more_is_named(claimed):
 
 
 def test_other_versions_are_warned_of(claimed, capsys):
-    change(claimed / "made_with.json", jax="0.1.2", device="abacus")
+    change(claimed / "made_with.json", jax="0.1.2", device="abacus", cpu_threads=999)
     claim(claimed, config.default(), FACTS)
     error = capsys.readouterr().err
-    assert "was begun with jax 0.1.2 (now " in error and "device abacus (now cpu)" in error and error.count("\n") == 1
+    assert "was begun with jax 0.1.2 (now " in error and "device abacus (now cpu), cpu_threads 999 (now " in error
+    assert error.count("\n") == 1
 
 
 def test_a_later_workdir_is_refused_to_evaluation_too(claimed, capsys):

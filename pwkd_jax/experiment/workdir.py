@@ -122,16 +122,16 @@ def made_with(workdir: Path) -> dict:
 
 def changed_since(workdir: Path) -> dict:
     """`made_with`, of a workdir that may be read and added to: refuses one of a later version, and warns of one that other
-    versions of pwkd_jax or jax began. Raises UserError."""
+    versions of pwkd_jax or jax, another device or another number of CPU threads began. Raises UserError."""
     made, now = made_with(workdir), environment()
     if (version := made.get("version", VERSION)) > VERSION:
         raise UserError(
             f"'{workdir}' was laid out by pwkd_jax {made.get('pwkd_jax')}, as version {version}, and this one knows versions "
             f"up to {VERSION}; use that pwkd_jax or a later one"
         )
-    parts = [name for name in ("pwkd_jax", "jax", "device") if made.get(name, now[name]) != now[name]]
+    parts = [name for name in ("pwkd_jax", "jax", "device", "cpu_threads") if made.get(name, now.get(name)) != now.get(name)]
     if parts:
-        then = ", ".join(f"{name} {made[name]} (now {now[name]})" for name in parts)
+        then = ", ".join(f"{name} {made[name]} (now {now.get(name, 'none')})" for name in parts)
         print(f"warning: '{workdir}' was begun with {then}: what is added may differ from it in the last bits", file=sys.stderr)
     return made
 

@@ -1,6 +1,7 @@
 """The versions, device and commit that results depend on."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -30,10 +31,13 @@ def environment() -> dict:
         except (OSError, subprocess.CalledProcessError):
             return None
 
+    cpu = jax.default_backend() == "cpu"
     return {
         **versions(),
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
+        # XLA's sums on CPU are taken in as many parts as there are threads, one a core that this process may use.
+        **({"cpu_threads": len(os.sched_getaffinity(0))} if cpu and hasattr(os, "sched_getaffinity") else {}),
         "git_commit": git("rev-parse", "HEAD") or "unknown",
         "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
     }

@@ -194,8 +194,8 @@ def _initialize(**who) -> None:
 
 
 def _own_output() -> None:
-    """What Python prints, of the first process alone; what C libraries print there (Gloo says whom it met) goes to standard
-    error, so that JSON stays JSON. For the rest of the process."""
+    """What Python prints, of the first process alone; what C libraries print there goes to standard error, so that JSON stays
+    JSON: Gloo says whom it met (jaxlib 0.10.2, findings/gloo_prints_on_stdout.sh). For the rest of the process."""
     if not primary():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     elif sys.stdout is sys.__stdout__:
