@@ -125,7 +125,8 @@ def test_arms_and_seeds_can_be_added_to_a_workdir(tmp_path, capsys):
 KILLS = [("teacher/slimmable", 10), ("students/pwkd/seed0", 15), ("students/pwkd/seed0", 12)]
 
 
-@pytest.mark.parametrize("kills", [KILLS[:2], pytest.param(KILLS[::2], marks=pytest.mark.slow)], ids=["within", "at the end"])
+@pytest.mark.slow  # of every run are the six of tests/faults/test_kills.py
+@pytest.mark.parametrize("kills", [KILLS[:2], KILLS[::2]], ids=["within", "at the end"])
 def test_killed_at_any_time_ends_like_an_unbroken_run(kills, tmp_path):
     """kill -9 in the teacher's training, and within stage 2 or at a stage's end; the same command again ends bit-identical."""
     options = ["--config.arms=pwkd", "--config.student.reset=momentum"]

@@ -95,6 +95,7 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_without():
     assert jnp.abs(folded - exact).max() <= 2 * jnp.abs(plain - exact).max() + 1e-3 * jnp.abs(exact).max()
 
 
+@pytest.mark.slow
 def test_it_teaches_the_same(tmp_path):
     line = [*TINY, "--config.arms=pwkd", "--config.log.tensorboard=false"]
     assert train.main([*line, f"--workdir={tmp_path / 'a'}"]) == 0

@@ -210,6 +210,7 @@ def test_a_sigterm_saves_and_the_rest_is_as_if_it_had_not_come(look, step, alone
     same(alone, tmp_path / "w")
 
 
+@pytest.mark.slow
 def test_a_sigterm_again_and_again(alone, tmp_path, monkeypatch):
     """Stopped at every 12th look, through both runs, the gap between them and the ensemble: still the unbroken run."""
     command, codes = [*TINY, *ARMS, f"--workdir={tmp_path / 'w'}"], []

@@ -180,7 +180,7 @@ def test_tpu_code_goes_by_way_of_a_bucket_which_holds_the_workdir_too(stubs):
     assert "scp" not in verbs(calls) and (stubs.here / "bucket/ours/team/code/mine.tar.gz").exists()
     assert all((stubs.here / f"worker{w}/pwkd/launch/worker.sh").exists() for w in (0, 1))
     stubs("tpu_pod.sh", "down", **TPU)
-    stubs("tpu_pod.sh", "run", "--", *TRAIN, **TPU, BUCKET="gs://ours")
+    stubs("tpu_pod.sh", "run", "--", *TRAIN, **TPU, BUCKET="gs://ours", codes="0 0")
     assert trained(stubs.here, 0)[-1] == ["-m", "pwkd_jax.train", *TRAIN]  # a workdir that is given stays
     done, _ = stubs("tpu_pod.sh", "run", "--", *given, **TPU, BUCKET="ours", expect=2)
     assert "BUCKET: 'ours' should be gs://BUCKET" in done.stderr
