@@ -7,24 +7,21 @@ from pathlib import Path
 
 import jax
 
-from pwkd_jax import storage
-
 
 def enable() -> None:
     """Let JAX keep what it compiles in ~/.cache/pwkd_jax/jax ($XDG_CACHE_HOME), a folder for each kind of processor.
 
-    JAX_COMPILATION_CACHE_DIR names another place and JAX_ENABLE_COMPILATION_CACHE=0 turns it off. Where the folder
-    cannot be made nothing is kept. Process 0 writes, all read.
+    JAX_COMPILATION_CACHE_DIR names another place, gs://BUCKET/NAME too, and JAX_ENABLE_COMPILATION_CACHE=0 turns it off. Where
+    the folder cannot be made nothing is kept. Process 0 writes, all read.
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
-    home = storage.path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
-    directory = home / "pwkd_jax" / "jax" / _processor()
-    if isinstance(directory, Path):  # of a bucket JAX itself reads and writes, by etils
-        try:
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)  # whoever may write here may run code as the user
-        except OSError:
-            return
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(home) / "pwkd_jax" / "jax" / _processor()
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)  # whoever may write here may run code as the user
+    except OSError:
+        return
     jax.config.update("jax_compilation_cache_dir", str(directory))
 
 

@@ -93,8 +93,8 @@ def _kept(program: Program, target: str, directory: Path | None, compile: Callab
 
 
 def directory() -> Path:
-    """~/.cache/pwkd_jax/preflight, or below $XDG_CACHE_HOME, which may be gs://."""
-    return storage.path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "pwkd_jax" / "preflight"
+    """~/.cache/pwkd_jax/preflight, or below $XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pwkd_jax" / "preflight"
 
 
 def _version(name: str) -> str:
