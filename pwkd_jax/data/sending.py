@@ -23,7 +23,7 @@ def homes(option: str, given: str | None, disk: str | None) -> tuple[Path | None
             raise UserError(f"--disk: is for a bucket, and {option} is none; leave it away")
         return place and place.absolute(), None
     if not disk or not isinstance(storage.path(disk, "--disk"), Path):
-        raise UserError(f"--disk: '{given}' is a bucket; give a folder of this machine too, where the data set is made before")
+        raise UserError(f"--disk: '{given}' is a bucket; give a folder of this machine too, where the data set is made first")
     return storage.path(disk).absolute(), place
 
 
