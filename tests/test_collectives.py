@@ -45,7 +45,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import flax.linen as nn
 from pwkd_jax import data, models, slimmable
 from pwkd_jax.models import precision
-from pwkd_jax.training import sharding, state as states, teacher
+from pwkd_jax.training import optimizers, sharding, state as states, teacher
 from pwkd_jax.cost.collectives import collectives
 
 SHAPE, BATCH = (8, 8, 3), 64
@@ -66,7 +66,7 @@ mesh = Mesh(np.array(devices).reshape(4, 1), ("data", "model"), axis_types=(Axis
 def count(widths, group=0, dtype="float32"):
     net = slimmable.build(lambda w: TwoNorms(width=w), widths, SHAPE)
     net = dataclasses.replace(net, members={w: precision.wrap(m, dtype, group) for w, m in net.members.items()})
-    tx = states.optimizer("sgd", momentum=0.9, nesterov=False, weight_decay=5e-4, decay="all", clip_norm=0.0)
+    tx = optimizers.optimizer("sgd", momentum=0.9, nesterov=False, weight_decay=5e-4, decay="all", clip_norm=0.0)
     preprocess = lambda key, images: data.normalise(images, (0.5,) * 3, (0.25,) * 3)
     step = teacher.make_step(net, tx, lambda s: 0.1, preprocess, mesh)
     state = jax.eval_shape(lambda: states.create(0, *net.init(jax.random.key(0), SHAPE), tx))

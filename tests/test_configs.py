@@ -11,8 +11,7 @@ import pytest
 from pwkd_jax import config, data, models, train
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition
-from pwkd_jax.training import dispatch, sharding, student
-from pwkd_jax.training import state as states
+from pwkd_jax.training import dispatch, optimizers, sharding, student
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Dark Knowledge's thirteen pairs of the CRD benchmark: (DKD's beta, ReviewKD's weight or None where none is published).
@@ -148,7 +147,7 @@ def test_every_pair_takes_a_step_of_distillation(pair, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *_: data.Dataset("cifar100", split, split, 100))
     c = load(f"cifar100.py:{pair}", "--config.student.batch_size=4", "--config.teacher.batch_size=4")
     made = definition.prepare(c)
-    net, plan, tx = made.teachers["slimmable"], made.plan("pwkd"), states.optimizer(**c.student.optimizer)
+    net, plan, tx = made.teachers["slimmable"], made.plan("pwkd"), optimizers.optimizer(**c.student.optimizer)
     width = plan[0].widths[0]
     assert width == 0.25
     distillation = made.distillation("slimmable", [width])

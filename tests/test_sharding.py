@@ -31,7 +31,7 @@ import flax.linen as nn
 from conftest import IMAGE_SHAPE
 from pwkd_jax import data, distillers, models, slimmable, stages
 from pwkd_jax.models import precision
-from pwkd_jax.training import sharding, state as states, student, teacher
+from pwkd_jax.training import optimizers, sharding, state as states, student, teacher
 from pwkd_jax.training.checkpoints import Checkpoints
 jax.config.update("jax_default_matmul_precision", "highest")
 out = Path(sys.argv[1])
@@ -70,7 +70,7 @@ class Pair(nn.Module):
             x = nn.relu(self.norm(use_running_average=not train, momentum=0.9)(x))
         return models.Outputs(nn.Dense(10, name="classifier")(x.mean((1, 2))), (x,), (x,), x.mean((1, 2)))
 
-tx = states.optimizer("sgd", momentum=0.9, nesterov=False, weight_decay=5e-4, decay="all", clip_norm=0.0)
+tx = optimizers.optimizer("sgd", momentum=0.9, nesterov=False, weight_decay=5e-4, decay="all", clip_norm=0.0)
 preprocess = lambda key, images: data.normalise(images, (0.5,) * 3, (0.25,) * 3)
 pair = slimmable.build(lambda w: Pair(width=w), (0.5, 1.0), IMAGE_SHAPE)
 drawing = slimmable.build(lambda w: Pair(width=w), (0.5, 1.0), IMAGE_SHAPE, pool=(0.75, 0.875), batch_norm="private_stats")
@@ -119,6 +119,7 @@ def save(name, leaves):
 drawn = {"net": drawing, "sampling": "sandwich", "subnetworks": 3, "learns": False}
 save(f"{count} drawn", steps(1, "replicated", **drawn)[0])
 save(f"{count} strange", steps(1, "replicated", net=strange, learns=False)[0])
+save(f"{count} parts", steps(1, "replicated", accumulate=2, learns=False)[0])
 if count == 1:
     save("one", steps(1, "replicated")[0])
     save("one groups", steps(1, "replicated", 4)[0])
@@ -182,7 +183,7 @@ def runs(tmp_path_factory):
     [
         ("8x1 replicated", "one"), ("4x2 replicated", "one"), ("8x1 fsdp", "one"), ("4x2 fsdp", "one"),
         ("8x1 groups", "one groups"), ("8x1 wide groups", "one wide groups"), ("8 drawn", "1 drawn"),
-        ("8 strange", "1 strange"),
+        ("8 strange", "1 strange"), ("8 parts", "1 parts"),
     ],
 )  # fmt: skip
 def test_eight_devices_equal_one(runs, eight, one):

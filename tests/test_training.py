@@ -13,7 +13,7 @@ from conftest import close, identical
 
 from pwkd_jax import data, distillers, models, slimmable, stages
 from pwkd_jax.errors import UserError
-from pwkd_jax.training import loop, metrics, schedules, sharding, student, teacher
+from pwkd_jax.training import loop, metrics, optimizers, schedules, sharding, student, teacher
 from pwkd_jax.training import state as states
 from pwkd_jax.training.checkpoints import Checkpoints
 from pwkd_jax.training.evaluation import Evaluator
@@ -52,7 +52,7 @@ def preprocess(key, images):
 
 def optimizer(**options):
     known = {"momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay": "all", "clip_norm": 0.0}
-    return states.optimizer(options.pop("name", "sgd"), **{**known, **options})
+    return optimizers.optimizer(options.pop("name", "sgd"), **{**known, **options})
 
 
 class Bench:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from pwkd_jax import data, distillers, models, slimmable, stages
+from pwkd_jax.config import schema
 from pwkd_jax.config.schema import leaves
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import precision
-from pwkd_jax.training import profile, schedules, students_together
+from pwkd_jax.training import optimizers, profile, schedules, students_together
 
 # Far above what anybody means, and finite as a float32.
 MOST = 1e30
@@ -144,12 +145,24 @@ def check(config: ConfigDict) -> None:
     for who in ("teacher", "student"):
         g = config[who]
         o, r = g.optimizer, g.schedule
-        one_of(f"{who}.optimizer.name", ("sgd", "adamw"))
+        need(f"{who}.optimizer.name", o.name in optimizers.NAMES or ":" in o.name,
+             "one of " + ", ".join(optimizers.NAMES) + ", or module:function of an optax optimiser")  # fmt: skip
         one_of(f"{who}.optimizer.decay", ("all", "kernels"))
         need(f"{who}.optimizer.momentum", 0 <= o.momentum < 1, "in [0, 1)")
         need(f"{who}.optimizer.nesterov", not o.nesterov or o.momentum > 0, "false where momentum is 0")
         need(f"{who}.optimizer.weight_decay", o.weight_decay >= 0, "0 or more")
         need(f"{who}.optimizer.clip_norm", o.clip_norm >= 0, "0 (off) or the largest norm")
+        try:
+            optimizers.optimizer(**o)
+            misplaced = optimizers.refused(o.name, o, schema.optimizer())
+        except UserError as e:
+            raise UserError(f"{who}.optimizer.name: {e}") from e
+        need(f"{who}.optimizer.{misplaced}", not misplaced, f"left as it is with {o.name}, which has no place for it")
+        need(f"{who}.batch_size", g.batch_size >= 1, "at least 1")
+        need(f"{who}.accumulate", g.accumulate >= 1 and g.batch_size % g.accumulate == 0,
+             f"a number of equal parts of {who}.batch_size, which is {g.batch_size}")  # fmt: skip
+        need(f"{who}.ema", 0 <= g.ema < 1, "0 (off) or a decay below 1, as in 0.9999")
+        need(f"{who}.schedule.per_batch", r.per_batch >= 0, "0 (any) or a number of images")
         for name, most in (("mixup", 100), ("cutmix", 100), ("chance", 1), ("switch", 1), ("smoothing", 0.999)):
             need(f"{who}.mix.{name}", 0 <= g.mix[name] <= most, f"from 0 to {most}")
         one_of(f"{who}.schedule.form", schedules.CYCLES)
@@ -158,9 +171,9 @@ def check(config: ConfigDict) -> None:
         need(f"{who}.schedule.factor", r.factor > 0, "above 0")
         need(f"{who}.schedule.milestones", all(0 < m < 1 for m in r.milestones) and list(r.milestones) ==
              sorted(set(r.milestones)), "rising fractions of the cycle between 0 and 1")  # fmt: skip
-        need(f"{who}.batch_size", g.batch_size >= 1, "at least 1")
-        need(f"{who}.batch_size", not c.batch_norm_group or g.batch_size % c.batch_norm_group == 0,
-             f"a multiple of batch_norm_group, which is {c.batch_norm_group}")  # fmt: skip
+        need(f"{who}.batch_size", not c.batch_norm_group or g.batch_size % (c.batch_norm_group * g.accumulate) == 0,
+             f"a multiple of batch_norm_group, which is {c.batch_norm_group}" +
+             f", times {who}.accumulate" * (g.accumulate > 1))  # fmt: skip
         schedules.steps(g.duration, f"{who}.duration", batch_size=g.batch_size, images=1)
         warmup = schedules.steps(
             r.warmup, f"{who}.schedule.warmup", batch_size=g.batch_size, images=1, total=1, zero=True

@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 from pwkd_jax import distillers
 
 
-def _optimizer() -> ConfigDict:
+def optimizer() -> ConfigDict:
     return ConfigDict({
-        "name": "sgd",  # sgd or adamw
-        "momentum": 0.9,  # adamw: beta1
+        "name": "sgd",  # sgd, adamw, lamb, lars, lion; or module:function, as optax:adamw or optax.contrib:muon
+        "momentum": 0.9,  # adamw, lamb, lion: beta1
         "nesterov": False,
         "weight_decay": 5e-4,
         "decay": "all",  # all, or kernels: arrays of two or more axes, so neither batch norm nor biases
@@ -23,6 +23,7 @@ def _schedule(peak: float) -> ConfigDict:
     return ConfigDict({
         "form": "cosine",  # cosine, step, triangular, one_cycle or constant
         "peak": peak,  # the highest learning rate
+        "per_batch": 0,  # of batches of so many images; the peak grows with the batch in proportion; 0: any
         "floor": 0.0,  # cosine and triangular: the lowest, as a fraction of the peak
         "milestones": (0.625, 0.75, 0.875),  # step: fractions of the cycle; 150, 180 and 210 of 240 epochs
         "factor": 0.1,  # step: multiplies at each milestone
@@ -91,6 +92,8 @@ def default() -> ConfigDict:
         "batch_norm": "switchable",  # switchable, private_stats or shared
         "duration": "240 epochs",
         "batch_size": 64,
+        "accumulate": 1,  # parts of a batch that are learnt from in turn, for one optimiser step; batch norm sees a part
+        "ema": 0.0,  # decay of a mean of weights and statistics over the steps, which is frozen in their place; 0: off
         "sharding": "replicated",  # of parameters and optimiser state; fsdp: large arrays split over the devices
     })  # fmt: skip
     config.teacher.mix = _mixing()
@@ -99,7 +102,7 @@ def default() -> ConfigDict:
         "batch_size": 256,
         "seed": 0,
     })  # fmt: skip
-    config.teacher.optimizer = _optimizer()
+    config.teacher.optimizer = optimizer()
     config.teacher.schedule = _schedule(0.05)
 
     # Table B: the student and its stages.
@@ -118,6 +121,8 @@ def default() -> ConfigDict:
         "same_crop": True,  # the teacher sees the student's augmented images
         "ensemble": 2,  # stage-end snapshots in the extra row of the results
         "batch_size": 64,
+        "accumulate": 1,  # as the teacher's; methods that compare a batch's images see a part too
+        "ema": 0.0,  # as the teacher's; it is scored, saved and predicts in the weights' place
         "batches": "own",  # every seed its own order and augmentation; shared: those of the first seed, so that all can train
         "together": "auto",  # with shared batches, in one program: auto, unroll, scan, vmap, devices (one each) or none
         "sharding": "replicated",  # as the teacher's
@@ -127,7 +132,7 @@ def default() -> ConfigDict:
     })  # fmt: skip
     config.student.mix = _mixing()  # seen by student and teacher alike, unless same_crop is false
     config.student.distiller = ConfigDict({"name": "kd", **distillers.fields("kd")})
-    config.student.optimizer = _optimizer()
+    config.student.optimizer = optimizer()
     config.student.schedule = _schedule(0.05)
     config.student.schedule.cycles = "per_stage"  # of kd_whole_cyclic and the pwkd arms; or single
     config.student.schedule.peak_decay = 1.0  # each cycle's peak is the last one's times this

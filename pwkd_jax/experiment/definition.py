@@ -15,8 +15,7 @@ from pwkd_jax.data import soundness
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import channel_order, contract, precision
 from pwkd_jax.reporting.environment import versions
-from pwkd_jax.training import dispatch, loop, record, schedules, sharding, students_together
-from pwkd_jax.training import state as states
+from pwkd_jax.training import dispatch, loop, optimizers, record, schedules, sharding, students_together
 from pwkd_jax.training.evaluation import Evaluator
 from pwkd_jax.training.task import Task
 
@@ -71,12 +70,14 @@ class Experiment:
             c.schedule.warmup, key, batch_size=c.batch_size, zero=True, images=len(self.dataset.train), total=spans[-1][1]
         )
         shape = {key: c.schedule[key] for key in ("peak", "floor", "milestones", "factor")}
+        # Goyal et al. 2017: so many times the images, so many times the learning rate.
+        shape["peak"] *= c.batch_size / c.schedule.per_batch if c.schedule.per_batch else 1.0
         form = form or c.schedule.form
         return schedules.learning_rate(spans, form=form, warmup=warmup, peak_decay=peak_decay, key=key, **shape)
 
-    def rule(self, who: str, *schedule) -> states.Rule:
+    def rule(self, who: str, *schedule) -> optimizers.Rule:
         """The optimiser of `who` under its schedule; the arguments are those of `schedule`."""
-        return states.Rule(states.optimizer(**self.config[who].optimizer), self.schedule(who, *schedule))
+        return optimizers.Rule(optimizers.optimizer(**self.config[who].optimizer), self.schedule(who, *schedule))
 
     def place(self, tree, how: str = "replicated"):
         return self.task.place(tree, how)
@@ -89,7 +90,8 @@ class Experiment:
     def several(self, count: int) -> students_together.Several | None:
         """How `count` students that are still to be trained train in one program; None for one by one."""
         c = self.config.student
-        if c.batches != "shared" or self.skips:  # what one has to skip, the others need not
+        # What one has to skip, the others need not; in parts, each would need the teacher's forward pass for itself.
+        if c.batches != "shared" or self.skips or c.accumulate > 1:
             return None
         return students_together.several(c.together, count, list(self.mesh.devices.flat))
 
@@ -278,8 +280,8 @@ def prepare(config: ConfigDict) -> Experiment:
 def check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """UserError for a batch that does not divide over the mesh."""
     c = config
-    sharding.check_batch(mesh, c.teacher.batch_size, "teacher.batch_size")
-    sharding.check_batch(mesh, c.student.batch_size, "student.batch_size")
+    for who in ("teacher", "student"):
+        sharding.check_batch(mesh, c[who].batch_size, f"{who}.batch_size", c[who].accumulate)
     if c.teacher.calibration.images:
         sharding.check_batch(mesh, c.teacher.calibration.batch_size, "teacher.calibration.batch_size")
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from pwkd_jax import distillers, models, stages
 from pwkd_jax.experiment.definition import Experiment, mixing, wants_labels
@@ -24,7 +25,7 @@ def teacher_arguments(experiment: Experiment, name: str) -> dict:
     sandwich = {"loss": c.loss, "sampling": c.sampling} if name == "slimmable" else {}
     rule = experiment.rule("teacher", [(0, total)])
     return {"rule": rule, "sharding_how": c.sharding, "start": experiment.start.get(name), "reduction": c.reduction,
-            "subnetworks": c.subnetworks, "skip": experiment.skips,
+            "subnetworks": c.subnetworks, "skip": experiment.skips, "accumulate": c.accumulate, "ema": c.ema,
             "mix": mixing(experiment.config, "teacher", experiment.task.num_classes), **sandwich}  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def student_steps(
         experiment.rule("student", *experiment.spans(plan)), same_crop=c.same_crop,
         data_seed=experiment.config.seed if c.batches == "shared" else None, several=several, sharding_how=c.sharding,
         start=experiment.start.get("student"), skip=experiment.skips,
-        mix=mixing(experiment.config, "student", experiment.task.num_classes),
+        mix=mixing(experiment.config, "student", experiment.task.num_classes), accumulate=c.accumulate, ema=c.ema,
     )  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def _teacher(experiment: Experiment, name: str, trained: bool) -> list[Program]:
     kind = "" if name == "slimmable" else f"{name} "
     args = create.like, _batch(experiment, c.batch_size)
     found = [Program(f"{kind}teacher step", step, args, {}, c.batch_size, "teacher.batch_size", total)] if trained else []
-    runs = _evaluations(experiment, [total], c.batch_size) if trained else _batches(experiment)
+    runs = _scored(c) * _evaluations(experiment, [total], c.batch_size) if trained else _batches(experiment)
     for width in sorted(net.table):
         title = f"{kind}teacher {width:g} evaluation"
         found.append(_evaluation(experiment, title, net.members[width], _frozen(experiment, name, width), runs))
@@ -139,11 +140,11 @@ def _student(experiment: Experiment, plan: Sequence[stages.Stage], distillation)
             width = max(stage.widths)
             model = student.Assisted(experiment.student, experiment.teachers[name].members[width], distillation, width)
             variables = model.variables(like, _frozen(experiment, name, width))
-            runs = experiment.config.seeds * _evaluations(experiment, [stage.end], c.batch_size, stage.start)
+            runs = _scored(c) * experiment.config.seeds * _evaluations(experiment, [stage.end], c.batch_size, stage.start)
             title = f"student eval., teacher {width:g}"
             yield ("evaluation", (width,), widest), _evaluation(experiment, title, model, variables, runs)
     else:
-        runs = experiment.config.seeds * _evaluations(experiment, [s.end for s in plan], c.batch_size)
+        runs = _scored(c) * experiment.config.seeds * _evaluations(experiment, [s.end for s in plan], c.batch_size)
         variables = student.variables(like)
         yield ("evaluation", (), 0.0), _evaluation(experiment, "student evaluation", experiment.student, variables, runs)
 
@@ -152,6 +153,11 @@ def _evaluation(experiment: Experiment, title: str, model, variables, runs: int)
     size = experiment.evaluator.batch_size
     args = model, variables, _batch(experiment, size, evaluation=True)
     return Program(title, experiment.evaluator.score, args, {}, size, "evaluation.batch_size", runs)
+
+
+def _scored(config: ConfigDict) -> int:
+    """How many weights of a teacher or a student an evaluation scores."""
+    return 2 if config.ema else 1
 
 
 def _evaluations(experiment: Experiment, ends: Sequence[int], batch_size: int, start: int = 0) -> int:

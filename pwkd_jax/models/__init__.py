@@ -65,7 +65,7 @@ def channels(full: int, width: float, divisor: int = 0) -> int:
     return int(exact)
 
 
-def _import(path: str) -> Callable[..., Any]:
+def import_path(path: str) -> Callable[..., Any]:
     module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -78,7 +78,7 @@ def _import(path: str) -> Callable[..., Any]:
 def from_name(name: str, builtin: Callable[[str], tuple[Callable[..., Any], dict] | None], kind: str, known: str):
     """(constructor, its fixed options) of a built-in `name`, or of your own class given as `module:Name`."""
     if ":" in name:
-        return _import(name), {}
+        return import_path(name), {}
     found = builtin(name)
     if found is None:
         raise UserError(f"there is no {kind} '{name}': known are {known}, or your own as module:Name")

@@ -11,6 +11,7 @@ from pwkd_jax import models
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import precision
 from pwkd_jax.stages import Stage
+from pwkd_jax.training import sharding
 
 
 def one_of(name: str, value: Any, known: Sequence[str]) -> None:
@@ -55,6 +56,18 @@ def optimizer(value: Any, learning_rate: Any) -> None:
     rate = 1.0 if learning_rate is None or callable(learning_rate) else learning_rate
     if not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
         raise UserError(f"learning_rate: {rate!r} is not possible; it should be a number above 0, or a schedule")
+
+
+def averaging(ema: Any) -> None:
+    """UserError unless `ema` is a decay, or 0."""
+    if isinstance(ema, bool) or not isinstance(ema, (int, float)) or not 0 <= ema < 1:
+        raise UserError(f"ema: {ema!r} is not possible; it should be 0 (off) or a decay below 1, as in 0.999")
+
+
+def parts(accumulate: Any, batch_size: int, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless a batch can be learnt from in so many parts, all of them on all devices."""
+    positive("accumulate", accumulate)
+    sharding.check_batch(mesh, batch_size, "batch_size", accumulate)
 
 
 def duration(value: Any) -> None:

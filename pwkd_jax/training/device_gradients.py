@@ -19,38 +19,41 @@ from jax.sharding import PartitionSpec as P
 from pwkd_jax import models
 from pwkd_jax.models import precision
 from pwkd_jax.slimmable import Slimmable
+from pwkd_jax.training.accumulation import accumulate
 
 
-def value_and_grad(loss: Callable, net: Slimmable, mesh: Mesh) -> Callable:
-    """`jax.value_and_grad(loss, has_aux=True)`, of params that every device along `data` has whole.
+def value_and_grad(loss: Callable, net: Slimmable, mesh: Mesh, parts: int = 1) -> Callable:
+    """`accumulate(jax.value_and_grad(loss, has_aux=True), parts)`, of params that every device along `data` has whole.
 
-    loss(params, statistics, key, images [B, H, W, C], labels [B]) -> (scalar, (statistics, {name: per-image values [B]})), the
-    scalar a mean over the images.
+    loss(params, statistics, key, (images [B, H, W, C], labels [B])) -> (scalar, (statistics, {name: values [B]})), the scalar
+    a mean over the images.
     """
 
-    def run(params, statistics, key, images, labels):
-        if not possible(net, mesh, images.shape):
-            return jax.value_and_grad(loss, has_aux=True)(params, statistics, key, images, labels)
+    gradient = accumulate(jax.value_and_grad(loss, has_aux=True), parts)
+
+    def run(params, statistics, key, rows):
+        if not possible(net, mesh, (rows[0].shape[0] // parts, *rows[0].shape[1:])):
+            return gradient(params, statistics, key, rows)
         grouped = _group(net) > 0
 
-        def own(params, statistics, key, images, labels):
+        def own(params, statistics, key, rows):
             # From here on each device's copy is its own, so that gradients stay apart until all widths are added.
             params = jax.lax.pcast(params, "data", to="varying")
+            if grouped:
+                statistics = jax.lax.pcast(statistics, "data", to="varying")
             with nullcontext() if grouped else _norms(_average):
-                (value, (statistics, values)), grads = jax.value_and_grad(loss, has_aux=True)(
-                    params, statistics, key, images, labels
-                )
+                (value, (statistics, values)), grads = gradient(params, statistics, key, rows)
             if grouped:
                 value, grads, statistics = jax.lax.pmean((value, grads, statistics), "data")
             else:
                 value, grads = jax.lax.pmean((value, grads), "data")
             return (value, (statistics, values)), grads
 
-        whole, rows = P(), P("data")
+        whole, shared = P(), P("data")
         return jax.shard_map(
-            own, mesh=mesh, axis_names={"data"}, in_specs=(whole, whole, whole, rows, rows),
-            out_specs=((whole, (whole, rows)), whole),
-        )(params, statistics, key, images, labels)  # fmt: skip
+            own, mesh=mesh, axis_names={"data"}, in_specs=(whole, whole, whole, shared),
+            out_specs=((whole, (whole, shared)), whole),
+        )(params, statistics, key, rows)  # fmt: skip
 
     return run
 

@@ -17,8 +17,18 @@ from pwkd_jax.distillers import Distillation
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import contract, precision
 from pwkd_jax.stages import Stage
-from pwkd_jax.training import arguments, dispatch, distributed, loop, record, schedules, sharding, students_together
-from pwkd_jax.training import state as states
+from pwkd_jax.training import (
+    arguments,
+    averaging,
+    dispatch,
+    distributed,
+    loop,
+    optimizers,
+    record,
+    schedules,
+    sharding,
+    students_together,
+)
 from pwkd_jax.training import student as students
 from pwkd_jax.training.non_finite import skipping
 from pwkd_jax.training.state import State
@@ -58,7 +68,7 @@ def programs(
     plan: Sequence[Stage],
     distillation: Distillation | None,
     task: Task,
-    rule: states.Rule,
+    rule: optimizers.Rule,
     *,
     same_crop: bool = True,
     data_seed: int | None = None,
@@ -68,13 +78,17 @@ def programs(
     metrics: Callable | None = None,
     skip: bool = False,
     mix: data.Mixing | None = None,
+    accumulate: int = 1,
+    ema: float = 0.0,
 ) -> tuple[Callable, dict[tuple[float, ...], Callable]]:
     """(creator of the first state from (seed, variables to start from or None), {widths: compiled step(state, batch, teacher)})
     for all seeds and stages of a plan. members: {width: model} of the teacher. The rest as `student.make_step` has it; several:
-    of so many students at once, by their seeds [students]; skip: steps that are not finite, see `non_finite.skipping`."""
+    of so many students at once, by their seeds [students]; skip: steps that are not finite, see `non_finite.skipping`; ema: see
+    `averaging`, 0 is off."""
 
     def make(seed, given):
-        return students.init(student, task.image_shape, distillation, rule.direction, seed, given)
+        made = students.init(student, task.image_shape, distillation, rule.direction, seed, given)
+        return made.replace(average=averaging.begin(made.params, made.collections)) if ema else made
 
     if several:
         layout = several.layout if several.mesh else None
@@ -86,8 +100,9 @@ def programs(
     def compiled(widths: tuple[float, ...]) -> Callable:
         step = students.make_step(
             student, members, widths, distillation, plan, *rule, task.preprocess, images=len(task.train), same_crop=same_crop,
-            data_seed=data_seed, several=several, own=metrics, mix=mix,
+            data_seed=data_seed, several=several, own=metrics, mix=mix, accumulate=accumulate,
         )  # fmt: skip
+        step = averaging.averaging(step, ema) if ema else step
         step = skipping(step) if skip else step
         return sharding.jit_step(task.mesh, dispatch.many(step, task.image_shape), create.layout)
 
@@ -138,7 +153,14 @@ class Student:
 def judged(
     student: nn.Module, distillation: Distillation | None, plan: Sequence[Stage], teacher: Teacher | None, state: State
 ) -> tuple[Any, dict]:
-    """(model, variables) whose logits count: the student's, unless its distiller has the last word on them."""
+    """(model, variables) whose logits count: the student's, unless its distiller has the last word on them, of the weights that
+    count, see `averaging.outcome`."""
+    return _judged(student, distillation, plan, teacher, averaging.outcome(state))
+
+
+def _judged(
+    student: nn.Module, distillation: Distillation | None, plan: Sequence[Stage], teacher: Teacher | None, state: State
+) -> tuple[Any, dict]:
     if distillation is None or not distillation.predicts:
         return student, students.variables(state)
     width = max(next(s for s in plan if int(state.step) <= s.end).widths)
@@ -156,7 +178,7 @@ def distil(
     duration: str | int = "60 epochs",
     plan: Sequence[Stage] | None = None,
     batch_size: int | None = None,
-    optimizer: optax.GradientTransformation | states.Rule | None = None,
+    optimizer: optax.GradientTransformation | optimizers.Rule | None = None,
     learning_rate: float | Callable[[jax.Array], jax.Array] | None = None,
     seed: int | Sequence[int] = 0,
     data_seed: int | None = None,
@@ -174,6 +196,8 @@ def distil(
     profiled: str = "",
     non_finite: str = "stop",
     mix: data.Mixing | None = None,
+    accumulate: int = 1,
+    ema: float = 0.0,
     compiled: tuple[Callable, dict] | None = None,
 ) -> Student:
     """Teach `student`, stage by stage as the plan says, with any distiller; without a teacher, by the labels alone.
@@ -187,8 +211,9 @@ def distil(
     mean}): after every step. directory: where checkpoints and metrics go, and where a stopped run goes on; nothing is kept
     without one. label: '' prints nothing. several: seeds together in one program, `seed` being theirs [students]; model and
     variables are then the first one's. non_finite: `stop` at a step whose loss or gradient is not finite, or `skip` and count
-    it. mix: mixup, CutMix, label smoothing. compiled: of `programs`, to use again. Raises UserError where something does not
-    fit or is not finite.
+    it. mix: mixup, CutMix, label smoothing. accumulate: parts of a batch that are learnt from in turn, see `accumulation`. ema:
+    decay of a mean of the weights that counts in their place, see `averaging`; 0 is off. compiled: of `programs`, to use again.
+    Raises UserError where something does not fit or is not finite.
     """
     teacher = None if teacher is None else as_teacher(teacher)
     arguments.task(task)
@@ -196,9 +221,11 @@ def distil(
     arguments.optimizer(optimizer, learning_rate)
     arguments.one_of("connectors", connectors, ("leading", "reinit"))
     arguments.one_of("non_finite", non_finite, ("stop", "skip"))
+    arguments.averaging(ema)
     for word in reset:
         arguments.one_of("reset", word, ("momentum", "batch_norm", "weights"))
     images, size = len(task.train), arguments.batch_size(task, batch_size)
+    arguments.parts(accumulate, size, task.mesh)
     if plan is None:
         arguments.duration(duration)
         steps = schedules.steps(duration, "duration", batch_size=size, images=images) if isinstance(duration, str) else duration
@@ -217,11 +244,11 @@ def distil(
     distillation = fit(student, teacher, task, distiller, batch_size=size, mixed=mixed) if teacher else None
     ends = [s.end for s in plan]
     spans = stages.cycles(plan, True)
-    rule = states.rule(optimizer, learning_rate, lambda peak: schedules.learning_rate(spans, form="cosine", peak=peak))
+    rule = optimizers.rule(optimizer, learning_rate, lambda peak: schedules.learning_rate(spans, form="cosine", peak=peak))
     create, stepping = compiled or programs(
         student, teacher.net.members if teacher else {}, plan, distillation, task, rule, same_crop=same_crop,
         data_seed=data_seed, several=several, sharding_how=sharding, start=start, metrics=arguments.own_metrics(metrics),
-        skip=non_finite == "skip", mix=mix,
+        skip=non_finite == "skip", mix=mix, accumulate=accumulate, ema=ema,
     )  # fmt: skip
     init = jax.vmap(rule.direction.init) if several else rule.direction.init
     seed = np.asarray(seed, np.uint32) if several else seed
@@ -236,9 +263,15 @@ def distil(
 
     def evaluate(state: State) -> dict[str, float]:
         if not several:
-            return task.scores(*judged(student, distillation, plan, teacher, state))
+            return scores(state)
         members = [task.place(students_together.member(state, i)) for i in range(several.count)]
-        return students_together.names([task.scores(*judged(student, distillation, plan, teacher, m)) for m in members])
+        return students_together.names([scores(m) for m in members])
+
+    def scores(state: State) -> dict[str, float]:
+        found = task.scores(*judged(student, distillation, plan, teacher, state))
+        if found and averaging.averages(state):
+            found["raw_top1"] = task.scores(*_judged(student, distillation, plan, teacher, state))["top1"]
+        return found
 
     here = task.on(several.mesh) if several and several.mesh else task
     frozen = here.place(teacher.variables) if teacher and here is not task else teacher.variables if teacher else {}
@@ -260,7 +293,8 @@ def distil(
             "plan": [list(s) for s in plan], "batch size": size, "seed": int(seed), "data seed": data_seed,
             "optimizer": str(jax.tree.structure(state.opt_state)), "learning rate": record.schedule(rule.schedule, ends[-1]),
             "start": None if start is None else record.digest(start), "same crop": same_crop, "reset": list(reset),
-            "connectors": connectors, **({"mix": repr(mix)} if mix else {}),
+            "connectors": connectors, **({"mix": repr(mix)} if mix else {}), **({"ema": ema} if ema else {}),
+            **({"accumulate": accumulate} if accumulate > 1 else {}),
         })  # fmt: skip
     if directory:
         distributed.write(directory / "parameters.txt", overview + "\n")

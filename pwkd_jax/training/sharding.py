@@ -36,9 +36,13 @@ def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
     return jax.make_mesh((count // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def check_batch(mesh: Mesh, batch_size: int, key: str) -> None:
-    if batch_size % mesh.shape["data"]:
-        raise UserError(f"{key}: a global batch of {batch_size} does not divide over {mesh.shape['data']} devices")
+def check_batch(mesh: Mesh, batch_size: int, key: str, parts: int = 1) -> None:
+    """UserError unless a global batch, in so many parts, divides over the devices."""
+    if batch_size % (mesh.shape["data"] * parts):
+        accumulated = f", each in {parts} parts" * (parts > 1)
+        raise UserError(
+            f"{key}: a global batch of {batch_size} does not divide over {mesh.shape['data']} device(s){accumulated}"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -14,7 +14,7 @@ from pwkd_jax import models, slimmable
 from pwkd_jax.data import Mixing
 from pwkd_jax.distillers import Distillation, Progress
 from pwkd_jax.stages import Stage, place
-from pwkd_jax.training import metrics
+from pwkd_jax.training import accumulation, averaging, metrics
 from pwkd_jax.training.state import State, apply_gradients, create, rng
 from pwkd_jax.training.students_together import Several
 
@@ -65,6 +65,7 @@ def make_step(
     several: Several | None = None,
     own: Callable | None = None,
     mix: Mixing | None = None,
+    accumulate: int = 1,
 ) -> Callable:
     """step(state, batch, teacher) -> (state, metrics) for the stages that `widths` teach; no widths is no teacher.
 
@@ -72,8 +73,8 @@ def make_step(
     drawn at each step. One program serves every stage with the same widths: what differs between them (learning rate, steps
     seen in the stage) comes from the state's step. images: in one epoch. data_seed: of augmentation and drawn widths, in place
     of the state's own. several: the state is that of several students, see `students_together`. own(outputs, labels) -> {name:
-    per-image values [B]}: metrics besides ours. mix: what becomes of
-    images and labels; the teacher sees the same ones, unless it has crops of its own.
+    per-image values [B]}: metrics besides ours. mix: what becomes of images and labels; the teacher sees the same ones, unless
+    it has crops of its own. accumulate: parts of a batch, see `accumulation`; the teacher sees one at a time too.
     """
     locate = place(plan)
 
@@ -89,26 +90,33 @@ def make_step(
         stage, at = locate(state.step)
         progress = Progress(stage, at, at * (len(batch["label"]) / images))
 
-        def taught_by(width: float | None):
-            taught = None
-            if width is not None:
-                taught, _ = models.apply(teachers[width], teacher[width], teacher_images, train=False)
+        rows, rest = accumulation.rows_of(batch | {"teacher": teacher_images}, len(inputs))
 
-            def loss_fn(params, state: State):
-                key = rng(state, 4) if models.draws(model, inputs.shape[1:]) else None
-                out, kept = models.forward(model, read(params, state.collections), inputs, train=True, key=key)
+        def taught_by(width: float | None):
+            def look(images: jax.Array):
+                return None if width is None else models.apply(teachers[width], teacher[width], images, train=False)[0]
+
+            whole = look(teacher_images) if accumulate == 1 else None  # once for all students
+
+            def loss_fn(params, collections, keys, rows):
+                taught = look(rows["teacher"]) if whole is None else whole
+                batch = {name: value for name, value in (rest | rows).items() if name != "teacher"}
+                key = keys[1] if models.draws(model, inputs.shape[1:]) else None
+                out, kept = models.forward(model, read(params, collections), batch["image"], train=True, key=key)
                 seen = {"train_top1": metrics.top1(out.logits, batch["label"])} | (own(out, batch["label"]) if own else {})
                 if width is None:
                     loss = jnp.mean(slimmable.cross_entropy(out.logits, batch.get("target", batch["label"])))
-                    collections = _collections(kept, state.collections["distiller"])
-                    return loss, (collections, {**seen, "cross_entropy": loss})
+                    return loss, (_collections(kept, collections["distiller"]), {**seen, "cross_entropy": loss})
                 loss, known, values = distillation(
-                    params["distiller"], state.collections["distiller"], width, out, taught, batch, progress, rng(state, 3)
+                    params["distiller"], collections["distiller"], width, out, taught, batch, progress, keys[0]
                 )
                 return loss, (_collections(kept, known), {**seen, **values})
 
+            gradient = accumulation.accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
+
             def learn(state: State):
-                (loss, (collections, values)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state)
+                keys = rng(state, 3), rng(state, 4)
+                (loss, (collections, values)), grads = gradient(state.params, state.collections, keys, rows)
                 before = state.params
                 state, used = apply_gradients(state, grads, collections, tx, schedule)
                 if distillation is not None:
@@ -185,7 +193,9 @@ def enter_stage(
         params["distiller"] = fresh().params["distiller"]
         collections["distiller"] = fresh().collections["distiller"]
     opt_state = init(params) if "momentum" in reset else state.opt_state
-    return state.replace(params=params, collections=collections, opt_state=opt_state)
+    began = state.average and ("weights" in reset or "batch_norm" in reset or connectors == "reinit")
+    average = averaging.begin(params, collections) if began else state.average
+    return state.replace(params=params, collections=collections, opt_state=opt_state, average=average)
 
 
 @dataclasses.dataclass(frozen=True)

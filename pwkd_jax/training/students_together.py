@@ -17,7 +17,7 @@ from pwkd_jax.training.state import State
 
 HOW = ("auto", "unroll", "scan", "vmap", "devices", "none")
 
-AXES = State(step=None, seed=0, params=0, collections=0, opt_state=0)
+AXES = State(step=None, seed=0, params=0, collections=0, opt_state=0, average=0)
 
 
 def _by_axis(function: Callable, state: State) -> State:

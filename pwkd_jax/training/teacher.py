@@ -15,13 +15,16 @@ from pwkd_jax.errors import UserError
 from pwkd_jax.models import contract, precision
 from pwkd_jax.slimmable import Slimmable
 from pwkd_jax.training import (
+    accumulation,
     arguments,
+    averaging,
     calibration,
     device_gradients,
     dispatch,
     distributed,
     loop,
     metrics,
+    optimizers,
     record,
     schedules,
     sharding,
@@ -37,25 +40,28 @@ from pwkd_jax.weights import Network
 
 def make_step(
     net: Slimmable, tx: optax.GradientTransformation, schedule: Callable | None, preprocess: Callable,
-    mesh: jax.sharding.Mesh | None = None, mix: data.Mixing | None = None, **sandwich
+    mesh: jax.sharding.Mesh | None = None, mix: data.Mixing | None = None, accumulate: int = 1, **sandwich
 ) -> Callable:
     """step(state, batch) -> (state, metrics): one optimiser update from the gradients of all sub-networks together.
 
     preprocess(key, uint8 images) -> float images, augmented. sandwich: the keywords of `sandwich.sandwich_loss`. mesh: that of
     the state's arrays where each device along `data` has the parameters whole; the step then communicates less.
-    mix: what becomes of images and labels after that.
+    mix: what becomes of images and labels after that. accumulate: parts of a batch, see `accumulation`.
     """
 
-    def loss_fn(params, statistics, key, images, labels):
-        return sandwich_loss(net, params, statistics, images, labels, key=key, **sandwich)
+    def loss_fn(params, statistics, key, rows):
+        return sandwich_loss(net, params, statistics, *rows, key=key, **sandwich)
 
-    gradient = device_gradients.value_and_grad(loss_fn, net, mesh) if mesh else jax.value_and_grad(loss_fn, has_aux=True)
+    if mesh:
+        gradient = device_gradients.value_and_grad(loss_fn, net, mesh, accumulate)
+    else:
+        gradient = accumulation.accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
 
     def step(state: State, batch: dict):
         images, labels = preprocess(rng(state, 0), batch["image"]), batch["label"]
         if mix:
             images, labels = mix(rng(state, 2), images, labels)
-        (loss, (statistics, values)), grads = gradient(state.params, state.collections, rng(state, 1), images, labels)
+        (loss, (statistics, values)), grads = gradient(state.params, state.collections, rng(state, 1), (images, labels))
         state, used = apply_gradients(state, grads, statistics, tx, schedule)
         return state, metrics.collect({"train_loss": loss, **used, **values})
 
@@ -100,21 +106,23 @@ def make_calibration(net: Slimmable, split: data.Split, preprocess, mesh, *, ima
 
 
 def programs(
-    net: Slimmable, task: Task, rule: states.Rule, *, sharding_how: str = "replicated", start: dict | None = None,
-    skip: bool = False, **sandwich
+    net: Slimmable, task: Task, rule: optimizers.Rule, *, sharding_how: str = "replicated", start: dict | None = None,
+    skip: bool = False, ema: float = 0.0, **sandwich
 ) -> tuple[Callable, Callable]:  # fmt: skip
     """(creator of the first state from (seed, variables to start from or None), compiled step(state, batch)).
 
     sharding_how: of parameters and optimiser state, see `sharding.shardings`. start: variables like those to come. skip: steps
-    that are not finite, see `non_finite.skipping`.
+    that are not finite, see `non_finite.skipping`. ema: see `averaging`; 0 is off. sandwich: the rest of `make_step`.
     """
     mesh = task.mesh if sharding_how == "replicated" else None
     step = make_step(net, *rule, task.preprocess, mesh, **sandwich)
+    step = averaging.averaging(step, ema) if ema else step
     step = skipping(step) if skip else step
 
     def make(seed, given):
         first = net.spread(given) if given else net.init(jax.random.key(seed), task.image_shape)
-        return states.create(seed, *first, rule.direction)
+        made = states.create(seed, *first, rule.direction)
+        return made.replace(average=averaging.begin(*first)) if ema else made
 
     create = sharding.creator(task.mesh, make, sharding_how, 0, start)
     return create, sharding.jit_step(task.mesh, dispatch.many(step, task.image_shape), create.layout)
@@ -188,7 +196,7 @@ def train_teacher(
     *,
     duration: str | int = "60 epochs",
     batch_size: int | None = None,
-    optimizer: optax.GradientTransformation | states.Rule | None = None,
+    optimizer: optax.GradientTransformation | optimizers.Rule | None = None,
     learning_rate: float | Callable[[jax.Array], jax.Array] | None = None,
     loss: str = "hard",
     sampling: str = "all",
@@ -208,6 +216,8 @@ def train_teacher(
     cards: Callable[[float, list[dict]], dict] | None = None,
     non_finite: str = "stop",
     mix: data.Mixing | None = None,
+    accumulate: int = 1,
+    ema: float = 0.0,
     compiled: tuple[Callable, Callable] | None = None,
 ) -> Teacher:
     """Train all widths of `net` together by the sandwich rule and freeze them.
@@ -220,8 +230,9 @@ def train_teacher(
     every step. directory: where checkpoints and metrics go, and where a stopped run goes on; nothing is kept without one.
     label: '' prints nothing. sharding, frozen_sharding: replicated or fsdp, of the state and of what is frozen. cards(width,
     rows) -> the card of a sub-network, see `weights`. non_finite: `stop` at a step whose loss or gradient is not finite, or
-    `skip` and count it. mix: mixup, CutMix, label smoothing. compiled: of `programs`, to use again. Raises UserError where
-    something does not fit or is not finite.
+    `skip` and count it. mix: mixup, CutMix, label smoothing. accumulate: parts of a batch that are learnt from in turn, see
+    `accumulation`. ema: decay of a mean of the weights that is frozen in their place, see `averaging`; 0 is off. compiled: of
+    `programs`, to use again. Raises UserError where something does not fit or is not finite.
     """
     if not isinstance(net, Slimmable):
         raise UserError(f"net: should come of pwkd_jax.make_slimmable, and this is a {type(net).__name__}")
@@ -231,8 +242,10 @@ def train_teacher(
     arguments.one_of("loss", loss, ("hard", "inplace", "inplace_mix"))
     arguments.one_of("sampling", sampling, ("all", "sandwich"))
     arguments.one_of("reduction", reduction, ("sum", "mean"))
+    arguments.averaging(ema)
     arguments.one_of("non_finite", non_finite, ("stop", "skip"))
     images, size = len(task.train), arguments.batch_size(task, batch_size)
+    arguments.parts(accumulate, size, task.mesh)
     if not compiled:
         arguments.seed(seed)
         for member in net.members.values():
@@ -240,9 +253,10 @@ def train_teacher(
         if misfit := slimmable.misfit(models.abstract(net.members[net.widest], task.image_shape), net.likes[net.widest]):
             raise UserError(f"net: was made for other images than the task's {list(task.image_shape)} ('{misfit}' differs)")
     total = schedules.steps(duration, "duration", batch_size=size, images=images) if isinstance(duration, str) else duration
-    rule = states.rule(optimizer, learning_rate, lambda peak: schedules.learning_rate([(0, total)], form="cosine", peak=peak))
+    spans = [(0, int(total))]
+    rule = optimizers.rule(optimizer, learning_rate, lambda p: schedules.learning_rate(spans, form="cosine", peak=p))
     sandwich = {"loss": loss, "sampling": sampling, "subnetworks": subnetworks, "reduction": reduction}
-    sandwich |= {"own": arguments.own_metrics(metrics), "mix": mix}
+    sandwich |= {"own": arguments.own_metrics(metrics), "mix": mix, "accumulate": accumulate, "ema": ema}
     skip = non_finite == "skip"
     create, step = compiled or programs(net, task, rule, sharding_how=sharding, start=start, skip=skip, **sandwich)
     calibrate = calibration and calibration.get("images") and make_calibration(
@@ -253,11 +267,15 @@ def train_teacher(
         found = freeze(net, state.params, state.collections)
         return place(task.mesh, calibrate(found) if calibrate else found, frozen_sharding)
 
+    def scores(state: State) -> dict[str, float]:
+        return {slimmable.width_key(w): task.evaluator(net.members[w], v)["top1"] for w, v in frozen(state).items()}
+
     def evaluate(state: State) -> dict[str, float]:
         if task.evaluator is None:
             return {}
-        scores = {w: task.evaluator(net.members[w], v)["top1"] for w, v in frozen(state).items()}
-        return {f"top1_{slimmable.width_key(w)}": score for w, score in scores.items()}
+        raw = scores(state) if averaging.averages(state) else {}
+        found = {f"top1_{width}": score for width, score in scores(averaging.outcome(state)).items()}
+        return found | {f"raw_top1_{width}": score for width, score in raw.items()}
 
     directory = directory and storage.path(directory, "directory")
     state = create(seed, start)
@@ -271,6 +289,7 @@ def train_teacher(
             "subnetworks": subnetworks, "reduction": reduction, "optimizer": str(jax.tree.structure(state.opt_state)),
             "learning rate": record.schedule(rule.schedule, total),
             "start": None if start is None else record.digest(start), **({"mix": repr(mix)} if mix else {}),
+            **({"ema": ema} if ema else {}), **({"accumulate": accumulate} if accumulate > 1 else {}),
         })  # fmt: skip
     if directory:
         distributed.write(directory / "parameters.txt", overview + "\n")
@@ -279,7 +298,7 @@ def train_teacher(
         cadence or loop.usual(total, -(-images // size)), images=images, batch_size=size, texts={"parameters": overview},
         profiled=profiled, callback=callback, held=functools.partial(task.held, size, seed),
     )  # fmt: skip
-    variables = frozen(state)
+    variables = frozen(averaging.outcome(state))
     make = cards or (lambda w, rows: task.card(precision.plain(net.members[w]), {"steps": total}))
     found = Teacher(net, variables, {w: make(w, rows) for w in variables}, rows)
     if directory and not compiled:

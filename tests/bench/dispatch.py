@@ -26,8 +26,7 @@ import numpy as np
 
 from pwkd_jax import data, models
 from pwkd_jax.stages import Stage
-from pwkd_jax.training import dispatch, loop, sharding, student
-from pwkd_jax.training import state as states
+from pwkd_jax.training import dispatch, loop, optimizers, sharding, student
 
 
 class Linear(nn.Module):
@@ -45,7 +44,7 @@ def measure(model: nn.Module, shape, batch_size: int, images: int, most: int, st
     pixels = rng.integers(0, 256, (images, *shape)).astype(np.uint8)
     split = data.Split(pixels, rng.integers(0, 10, images).astype(np.int32))
     pipeline, stored = data.Pipeline(split, batch_size, 0), dispatch.store(mesh, split)
-    tx = states.optimizer("sgd", momentum=0.9, nesterov=False, weight_decay=5e-4, decay="all", clip_norm=0.0)
+    tx = optimizers.optimizer("sgd", momentum=0.9, nesterov=False, weight_decay=5e-4, decay="all", clip_norm=0.0)
 
     def preprocess(key, batch):
         return data.normalise(batch, (0.5,) * shape[-1], (0.25,) * shape[-1])

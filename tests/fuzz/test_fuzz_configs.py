@@ -61,7 +61,9 @@ PLAUSIBLE = {
 }  # fmt: skip
 for who in ("teacher", "student"):
     PLAUSIBLE |= {
-        f"{who}.sharding": ("replicated", "fsdp"), f"{who}.optimizer.name": ("sgd", "adamw"),
+        f"{who}.sharding": ("replicated", "fsdp"),
+        f"{who}.optimizer.name": ("sgd", "adamw", "lamb", "lars", "lion", "optax:adam", "optax.contrib:schedule_free_sgd"),
+        f"{who}.accumulate": ("1", "2", "4"), f"{who}.ema": ("0", "0.9"), f"{who}.schedule.per_batch": ("0", "16"),
         f"{who}.optimizer.decay": ("all", "kernels"),
         f"{who}.optimizer.momentum": ("0.9", "0"), f"{who}.optimizer.weight_decay": ("0", "1e-4"),
         f"{who}.optimizer.clip_norm": ("0", "1"), f"{who}.schedule.form": schedules.CYCLES,
