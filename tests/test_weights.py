@@ -287,9 +287,38 @@ def test_training_starts_from_given_weights_in_order(run, tmp_path):
     assert "<svg" in (tmp_path / "w/report.html").read_text()
 
 
+def test_a_classifier_is_begun_anew_for_other_classes(run, tmp_path, capsys):
+    """Weights of three classes begin a teacher and a student of ten: all else as it was, the classifier as from scratch."""
+    given, card = weights.read(run / "teacher/slimmable/width_1.safetensors", "test_training:Tiny")
+    three = {**given, "params": {**given["params"], "head": jax.tree.map(lambda x: x[..., :3], given["params"]["head"])}}
+    theirs = {**card, "num_classes": 3, "classes": ["ant", "bee", "cat"]}
+    for name, arrays, known in (("three", three, theirs), ("ten", given, card)):
+        weights.write(tmp_path / f"{name}.safetensors", arrays, known)
+    options = [*TINY, f"--config.data.mean=({card['mean'][0]},)", f"--config.data.std=({card['std'][0]},)", "--config.seeds=1"]
+    options += ["--config.arms=kd_standard,pwkd", f"--config.teacher.weights={tmp_path / 'three.safetensors'}"]
+    sentence = error(train.main, *options, f"--workdir={tmp_path / 'w'}", capsys=capsys)
+    assert "knows 3 classes, and these data have 10; teacher.head=new begins the classifier anew" in sentence
+    options += ["--config.teacher.head=new"]
+    for name in ("three", "ten"):
+        for seed in (0, 1):
+            settings = config.load([*options, f"--config.teacher.weights={tmp_path / f'{name}.safetensors'}",
+                                    f"--config.seed={seed}"])[0]  # fmt: skip
+            start = definition.prepare(settings).start["standard"]
+            fresh = models.create("test_training:Tiny").init(jax.random.key(seed), np.zeros((1, *SHAPE), np.float32))
+            close(start["params"]["head"], fresh["params"]["head"], 0)
+            close({k: v for k, v in start["params"].items() if k != "head"}, {k: given["params"][k] for k in ("bn", "conv")}, 0)
+            close(start["batch_stats"], given["batch_stats"], 0)
+    assert train.main([*options, "--config.student.width=1.0", "--config.student.head=new",
+                       f"--config.student.weights={tmp_path}/three.safetensors", f"--workdir={tmp_path}/w"]) == 0  # fmt: skip
+    summary = json.loads((tmp_path / "w/summary.json").read_text())
+    assert summary["teachers"]["standard"]["steps"] > 0  # what was given could not teach these classes
+    assert weights.read(tmp_path / "w/teacher/standard/width_1.safetensors", "test_training:Tiny")[1]["num_classes"] == 10
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [
+        (["teacher.head=new"], r"teacher\.head: 'new' is not possible; it should be keep unless teacher\.weights are given"),
         (["teacher.weights=nowhere.safetensors"], r"teacher\.weights: nowhere\.safetensors: there is no such file"),
         (["student.weights=x"], r"student\.weights: x: is no \.safetensors file"),
         (["teacher.divisor=8"], r"teacher\.model: the model 'test_training:Tiny' has no 'divisor'"),

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from pwkd_jax import data, distillers, models, slimmable, stages
 from pwkd_jax.config import schema
 from pwkd_jax.config.schema import leaves
+from pwkd_jax.data import policies
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import precision
 from pwkd_jax.training import optimizers, profile, schedules, students_together
@@ -70,6 +71,14 @@ def check(config: ConfigDict) -> None:
          "0 or 1 where images are streamed or data.on_device is 'never'")  # fmt: skip
     need("data.num_classes", c.data.num_classes >= 0, "0 (as the data set says) or its number of classes")
     need("data.crop_padding", c.data.crop_padding >= 0, "0 or more pixels")
+    one_of("data.policy", policies.POLICIES)
+    need("data.policy_layers", c.data.policy_layers >= 1, "at least 1")
+    need("data.policy_magnitude", 0 <= c.data.policy_magnitude < policies.BINS, f"from 0 to {policies.BINS - 1}")
+    need("data.jitter", len(c.data.jitter) in (0, 4) and all(0 <= s <= 1 for s in c.data.jitter)
+         and max((*c.data.jitter, 0, 0, 0, 0)[3], 0) <= 0.5,
+         "() or the strengths of brightness, contrast, saturation and hue, from 0 to 1, that of hue to 0.5")  # fmt: skip
+    need("data.blur", 0 <= c.data.blur <= 1, "a chance from 0 to 1")
+    need("data.erasing", 0 <= c.data.erasing <= 1, "a chance from 0 to 1")
     need("data.pixel_range", not c.data.pixel_range or c.data.name == "folder", "() unless data.name is 'folder'")
     need("data.pixel_range", len(set(c.data.pixel_range)) == len(c.data.pixel_range) in (0, 2),
          "() or the values of black and of white, as in (0,4095)")  # fmt: skip
@@ -147,6 +156,8 @@ def check(config: ConfigDict) -> None:
         o, r = g.optimizer, g.schedule
         need(f"{who}.optimizer.name", o.name in optimizers.NAMES or ":" in o.name,
              "one of " + ", ".join(optimizers.NAMES) + ", or module:function of an optax optimiser")  # fmt: skip
+        one_of(f"{who}.head", ("keep", "new"))
+        need(f"{who}.head", g.head == "keep" or g.weights, f"keep unless {who}.weights are given")
         one_of(f"{who}.optimizer.decay", ("all", "kernels"))
         need(f"{who}.optimizer.momentum", 0 <= o.momentum < 1, "in [0, 1)")
         need(f"{who}.optimizer.nesterov", not o.nesterov or o.momentum > 0, "false where momentum is 0")

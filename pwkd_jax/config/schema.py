@@ -64,6 +64,12 @@ def default() -> ConfigDict:
         "crop_padding": 0,  # random crop after zero padding by so many pixels
         "pixel_range": (),  # folder: black and white of samples that are no bytes, as (0,4095); (): as a 16-bit type says
         "flip": False,  # random horizontal flip
+        "policy": "",  # then rand (RandAugment) or trivial (TrivialAugment, wide)
+        "policy_layers": 2,  # rand: operations an image
+        "policy_magnitude": 9,  # rand: of 30
+        "jitter": (),  # strengths of brightness, contrast, saturation and hue, as in (0.3,0.3,0.3,0.1)
+        "blur": 0.0,  # chance of Gaussian blur
+        "erasing": 0.0,  # chance of a box of the mean colour
         "mean": (),  # per channel, of pixels in [0, 1], so numbers in units of 0..255 are divided by 255; (): measured
         "std": (),
         "on_device": "auto",  # the training images, whole on every device: auto (up to 1 GiB), always or never
@@ -78,6 +84,7 @@ def default() -> ConfigDict:
     config.teacher = ConfigDict({
         "model": "resnet20",  # see models.create; or module:Name
         "weights": "",  # a .safetensors of convert or export: where training starts; kd_standard's teacher as it is
+        "head": "keep",  # of those weights; new: a classifier begun anew, for other classes; kd_standard's is then trained too
         "run": "",  # the workdir of another experiment whose finished teachers teach here too, instead of ones trained anew
         "order": "bn_scale",  # of its channels, the most important first, by bn_scale or l1; or none
         "widths": (0.25, 0.5, 0.75, 1.0),  # the sub-networks
@@ -109,6 +116,7 @@ def default() -> ConfigDict:
     config.student = ConfigDict({
         "model": "resnet8",
         "weights": "",  # a .safetensors to start from
+        "head": "keep",  # as the teacher's
         "width": 1.0,
         "widths": (),  # the stages' teacher widths in order; (): the teacher's, narrow to wide
         "duration": "240 epochs",  # of all stages together (see budget); the controls get the same

@@ -8,6 +8,7 @@ from pwkd_jax.data.copies import copied
 from pwkd_jax.data.mixing import Mixing
 from pwkd_jax.data.normalisation import check_normalisation
 from pwkd_jax.data.pipeline import Pipeline
+from pwkd_jax.data.policies import Policy
 from pwkd_jax.data.sources import class_names, load, load_split, many_sizes
 from pwkd_jax.data.splits import Dataset, Split, Streaming
 from pwkd_jax.data.stream import Stream, batches, eval_batches
@@ -18,6 +19,7 @@ __all__ = [
            "Dataset",
            "Mixing",
            "Pipeline",
+           "Policy",
            "Split",
            "Stream",
            "Streaming",

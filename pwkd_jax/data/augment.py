@@ -1,4 +1,4 @@
-"""What happens to a batch of uint8 images inside the jitted step: random crop, random flip, normalisation."""
+"""What happens to a batch of uint8 images inside the jitted step: crop, flip, what else a recipe asks for, normalisation."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwkd_jax.data import colours, policies
 from pwkd_jax.errors import UserError
 
 
@@ -23,13 +24,23 @@ def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
     return (images.astype(jnp.float32) / scale - mean) / std
 
 
-def augment(key: jax.Array, images: jax.Array, crop_padding: int, flip: bool) -> jax.Array:
-    """Random crop and horizontal flip of each image: uint8 [B, H, W, C] -> uint8 [B, H, W, C].
+def augment(
+    key: jax.Array,
+    images: jax.Array,
+    crop_padding: int,
+    flip: bool,
+    policy: policies.Policy | None = None,
+    jitter: Sequence[float] = (),
+    blur: float = 0.0,
+    erasing: float = 0.0,
+    fill: Sequence[int] = (),
+) -> jax.Array:
+    """Random crop and horizontal flip of each image, and what else is asked for: uint8 [B, H, W, C] -> uint8 [B, H, W, C].
 
     crop_padding: zero pixels added on each side before a crop of the original size at one of the
     (2 * crop_padding + 1)^2 offsets, all equally likely. Padding comes before normalisation, so the border is black,
-    not the mean colour. flip: mirror left to right with probability 1/2. With 0 and False the images come back as they
-    are.
+    not the mean colour. flip: mirror left to right with probability 1/2. Then `policy`, and jitter (strengths), blur (its
+    chance) and erasing (its chance, by colour `fill`) as `colours` has them. With 0 and False the images come back as they are.
 
     Row i's numbers are a function of (key, i) alone, i being its position in the global batch: neither the number of
     devices nor the batch size changes them.
@@ -43,7 +54,11 @@ def augment(key: jax.Array, images: jax.Array, crop_padding: int, flip: bool) ->
     if flip:
         flipped = jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1))
         images = jnp.where(flipped, images[:, :, ::-1], images)
-    return images
+    own = [jax.random.fold_in(key, number) for number in range(2, 6)]
+    images = policy(own[0], images) if policy else images
+    images = colours.jitter(own[1], images, jitter) if any(jitter) else images
+    images = colours.blur(own[2], images, blur) if blur else images
+    return colours.erase(own[3], images, erasing, fill) if erasing else images
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

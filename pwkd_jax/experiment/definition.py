@@ -1,9 +1,8 @@
 """What all runs of an experiment share: read, built and checked by shapes alone before anything is trained or written."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -13,22 +12,13 @@ from ml_collections import ConfigDict
 from pwkd_jax import data, distillers, models, slimmable, stages, storage, weights
 from pwkd_jax.data import soundness
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import channel_order, contract, precision
+from pwkd_jax.experiment import starting
+from pwkd_jax.experiment.naming import naming
+from pwkd_jax.models import contract, precision
 from pwkd_jax.reporting.environment import versions
 from pwkd_jax.training import dispatch, loop, optimizers, record, schedules, sharding, students_together
 from pwkd_jax.training.evaluation import Evaluator
 from pwkd_jax.training.task import Task
-
-
-@contextlib.contextmanager
-def naming(key: str) -> Iterator[None]:
-    """UserErrors of the block, but for those of a width, with the config's key that led to them before their sentence."""
-    try:
-        yield
-    except models.WidthError:
-        raise
-    except UserError as e:
-        raise UserError(f"{key}: {e}") from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,41 +215,6 @@ def mixing(config: ConfigDict, who: str, classes: int) -> data.Mixing | None:
     return mix if mix.mixes or mix.smoothing else None
 
 
-def other_classes(known: Sequence[str], given: Sequence[str]) -> str:
-    """How the classes that a network knows differ from those of data, as a phrase."""
-    if sorted(known) == sorted(given):
-        at = next(i for i, (a, b) in enumerate(zip(known, given, strict=True)) if a != b)
-        return f"knows class {at} as '{known[at]}', where these data have '{given[at]}'"
-    missing = [name for name in given if name not in known] or [name for name in known if name not in given]
-    return f"and these data do not share the class '{missing[0]}'" + (f" and {len(missing) - 1} more" if missing[1:] else "")
-
-
-def _given(config: ConfigDict, facts: dict, who: str, model: nn.Module) -> dict:
-    """The variables in the file of `who`.weights. Raises UserError where they do not fit this experiment."""
-    c = config[who]
-    with naming(f"{who}.weights"):
-        variables, card = weights.read(storage.path(c.weights, f"{who}.weights"), c.model)
-    like = models.abstract(model, tuple(facts["image_shape"]))
-    weights.refuse_misfits(f"{who}.weights: {c.weights}", c.model, weights.mismatches(variables, like))
-    if (theirs := card.get("classes")) and facts.get("classes") and theirs != facts["classes"]:
-        raise UserError(f"{who}.weights: {c.weights} {other_classes(theirs, facts['classes'])}; use weights of these classes")
-    for key in ("mean", "std"):
-        if any(abs(a - b) > 1e-3 for a, b in zip(card[key], facts[key], strict=True)):
-            own = "({})".format(",".join(f"{x:.4f}" for x in card[key]))
-            raise UserError(
-                f"{who}.weights: {c.weights} was trained on images normalised by another {key}; set data.{key}={own}"
-            )
-    return variables
-
-
-def _ordered(teacher: ConfigDict, net: slimmable.Slimmable, whole: dict, shape: tuple[int, ...]) -> dict:
-    if net.widest != 1:
-        raise UserError("teacher.weights: are those of width 1, which should then be one of teacher.widths")
-    if teacher.order == "none" or len(net.widths) == 1:
-        return whole
-    return channel_order.order(precision.plain(net.members[1.0]), whole, shape, net.likes[net.widths[-1]], teacher.order)
-
-
 def streaming(config: ConfigDict) -> data.Streaming | None:
     keys = [field.name for field in dataclasses.fields(data.Streaming)]
     return data.Streaming(**{key: config.data[key] for key in keys}) if config.data.image_size else None
@@ -297,17 +252,20 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh, dataset: data.Dataset) ->
     nets, pupil = networks(c, facts)
     start = {}
     if c.teacher.weights:
-        whole = start["standard"] = _given(c, facts, "teacher", nets["standard"].members[1.0])
-        start["slimmable"] = _ordered(c.teacher, nets["slimmable"], whole, shape)
+        whole = start["standard"] = starting.given(c, facts, "teacher", nets["standard"].members[1.0])
+        start["slimmable"] = starting.ordered(c.teacher, nets["slimmable"], whole, shape)
     if c.student.weights:
-        start["student"] = _given(c, facts, "student", pupil)
+        start["student"] = starting.given(c, facts, "student", pupil)
 
     stage_lengths(c, facts)
     normalise = functools.partial(data.normalise, mean=mean, std=std)
     evaluator = Evaluator(mesh, dataset.test, c.evaluation.batch_size, normalise)
     # Streamed images were mirrored where they were cropped, on the host.
+    d = c.data
     augment = functools.partial(
-        data.augment, crop_padding=c.data.crop_padding, flip=c.data.flip and not c.data.image_size
+        data.augment, crop_padding=d.crop_padding, flip=d.flip and not d.image_size,
+        policy=data.Policy(d.policy, d.policy_layers, d.policy_magnitude) if d.policy else None, jitter=tuple(d.jitter),
+        blur=d.blur, erasing=d.erasing, fill=tuple(round(255 * m) for m in mean),
     )  # fmt: skip
     task = Task(
         dataset.train, dataset.test, dataset.num_classes, tuple(mean), tuple(std), augment, mesh, evaluator,

@@ -87,7 +87,8 @@ def programs(experiment: Experiment) -> list[Program]:
     for name, widths in teaching.items():
         # An ordinary teacher whose weights were given is scored and not trained; no teacher is, where no arm has one.
         if widths:
-            found += _teacher(experiment, name, trained=not (name == "standard" and c.teacher.weights))
+            given = name == "standard" and c.teacher.weights and c.teacher.head == "keep"
+            found += _teacher(experiment, name, trained=not given)
     pairs = {t: experiment.distillation(t, widths) for t, widths in teaching.items() if widths}
     merged: dict[tuple, Program] = {}
     for plan in plans.values():

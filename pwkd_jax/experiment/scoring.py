@@ -12,7 +12,7 @@ from pwkd_jax import data, storage
 from pwkd_jax.data import class_names, copied
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import exported, loading
-from pwkd_jax.experiment.definition import other_classes
+from pwkd_jax.experiment.starting import other_classes
 from pwkd_jax.training import distributed, record
 from pwkd_jax.training.evaluation import predictor, score_predictions
 

@@ -30,7 +30,7 @@ def teach(experiment: Experiment, workdir: Path, name: str) -> tuple[Teacher, di
             weights.refuse_another(weights.width_path(directory, w), card, c.model, w, experiment.facts)
         variables = experiment.place({w: v for w, (v, _) in found.items()}, experiment.config.student.teacher_sharding)
         return Teacher(net, variables, {w: card for w, (_, card) in found.items()}), result
-    if name == "standard" and name in experiment.start:
+    if name == "standard" and name in experiment.start and c.head == "keep":
         return _given(experiment, directory)
     size, images = c.batch_size, len(experiment.dataset.train)
     total = schedules.steps(c.duration, "teacher.duration", batch_size=size, images=images)
