@@ -10,7 +10,7 @@ from pwkd_jax.config.schema import leaves
 from pwkd_jax.data import policies
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import precision
-from pwkd_jax.training import optimizers, profile, schedules, students_together
+from pwkd_jax.training import optimizers, profile, schedules, students_together, trackers
 
 # Far above what anybody means, and finite as a float32.
 MOST = 1e30
@@ -57,6 +57,7 @@ def check(config: ConfigDict) -> None:
         need("arms", arm in stages.ARMS, "from " + ", ".join(stages.ARMS))
     one_of("dtype", precision.DTYPES)
     one_of("non_finite", ("stop", "skip"))
+    trackers.check(c.log.tracker)
     if c.profile:
         profile.parse(c.profile)
     need("batch_norm_group", c.batch_norm_group >= 0, "0 (the global batch) or a number of images")

@@ -148,7 +148,11 @@ def default() -> ConfigDict:
 
     config.evaluation = ConfigDict({"every": "1 epoch", "batch_size": 512})
     config.checkpoint = ConfigDict({"every": "10 %"})  # of the teacher's or the student's run; stage ends always
-    config.log = ConfigDict({"every": "50 steps", "tensorboard": True})
+    config.log = ConfigDict({
+        "every": "50 steps",
+        "tensorboard": True,
+        "tracker": "",  # wandb or mlflow, where they are installed; or module:Class, see training/trackers.py
+    })  # fmt: skip
     config.profile = ""  # part of a run's name and steps, as in pwkd/seed0:100-110: a trace of them in RUN/profile
     return config.lock()
 

@@ -51,7 +51,7 @@ class Experiment:
     def cadence(self, total: int, batch_size: int) -> loop.Cadence:
         c, known = self.config, {"batch_size": batch_size, "images": len(self.dataset.train), "total": total}
         every = (schedules.steps(c[key].every, f"{key}.every", **known) for key in ("log", "evaluation", "checkpoint"))
-        return loop.Cadence(*every, c.log.tensorboard)
+        return loop.Cadence(*every, c.log.tensorboard, c.log.tracker)
 
     def schedule(self, who: str, spans, form: str = "", peak_decay: float = 1.0):
         """The learning rate of `who` on the global step, over cycles `spans`. Raises UserError for a warm-up that fills one."""

@@ -109,13 +109,15 @@ def _train(
 ) -> Student:
     """A run of one student, or of several, whose seeds are [students]."""
     experiment, c = arm.experiment, arm.experiment.config.student
+    cadence = experiment.cadence(arm.ends[-1], c.batch_size)
+    cadence = cadence._replace(tracker="") if several else cadence  # each is a run by itself, in `_leave`
     return distil(
         experiment.student, arm.teacher, experiment.task, distiller=arm.distillation, plan=arm.plan, batch_size=c.batch_size,
         optimizer=experiment.rule("student", *experiment.spans(arm.plan)), seed=seed,
         # Students that share their batches see those of the first seed, whether they train together or not.
         data_seed=experiment.config.seed if c.batches == "shared" else None,
         start=experiment.start.get("student"), reset=c.reset, connectors=c.connectors, directory=directory, label=label,
-        cadence=experiment.cadence(arm.ends[-1], c.batch_size), several=several, profiled=experiment.config.profile,
+        cadence=cadence, several=several, profiled=experiment.config.profile,
         compiled=compiled,
     )  # fmt: skip
 
@@ -133,7 +135,8 @@ def _leave(arm: Arm, directory: Path, seeds: Sequence[int], index: int, rows, sa
     checkpoints.close()
     overview = parameter_overview.get_parameter_overview(own[-1].params)
     distributed.write(directory / "parameters.txt", overview + "\n")
-    writer = Writer(directory, tensorboard=arm.experiment.config.log.tensorboard)
+    log = arm.experiment.config.log
+    writer = Writer(directory, tensorboard=log.tensorboard, tracker=log.tracker)
     for row in rows:
         writer.write_scalars(row["step"], {key: value for key, value in row.items() if key != "step"})
     writer.flush()

@@ -22,8 +22,8 @@ FORMAT, VERSION = "pwkd_jax.workdir", 1
 # Keys that may change between two commands in one workdir: they add runs to it, or change nothing of a finished one.
 FREE = (
     "name", "arms", "seeds", "data.data_dir", "data.copy", "data.workers", "data.on_device", "steps_per_dispatch",
-    "teacher.run", "student.ensemble", "log.every", "log.tensorboard", "checkpoint.every", "mesh.model", "teacher.sharding",
-    "student.sharding", "student.teacher_sharding", "student.together", "profile",
+    "teacher.run", "student.ensemble", "log.every", "log.tensorboard", "log.tracker", "checkpoint.every", "mesh.model",
+    "teacher.sharding", "student.sharding", "student.teacher_sharding", "student.together", "profile",
 )  # fmt: skip
 
 

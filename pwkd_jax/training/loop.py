@@ -62,6 +62,7 @@ class Cadence(NamedTuple):
     evaluate: int
     save: int
     tensorboard: bool
+    tracker: str = ""
 
 
 def usual(total: int, epoch: int) -> Cadence:
@@ -108,7 +109,7 @@ def run(
         rows = [at for at in range(1, begin + 1 - owed) if at % cadence.evaluate == 0 or at in ends]
         rows += [] if note else [begin]  # a save comes after its row
         distributed.decide(lambda: refuse_without(directory / "metrics.jsonl", rows))
-    writer = Writer(directory, begin - owed, cadence.tensorboard)
+    writer = Writer(directory, begin - owed, cadence.tensorboard, cadence.tracker)
     if not begin:
         writer.write_texts(0, texts)
     progress = Progress(label, ends[-1], begin)

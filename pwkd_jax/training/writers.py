@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl`, TensorBoard events without TensorFlow, and the terminal."""
+"""Where metrics go: `metrics.jsonl`, TensorBoard events without TensorFlow, a tracker, and the terminal."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from pwkd_jax import storage
 from pwkd_jax.errors import UserError
-from pwkd_jax.training import distributed
+from pwkd_jax.training import distributed, trackers
 
 
 class Writer:
@@ -24,9 +24,9 @@ class Writer:
     writes; the others hold the same rows, and so does this one without a directory.
     """
 
-    def __init__(self, directory: Path | None, start: int = 0, tensorboard: bool = True):
+    def __init__(self, directory: Path | None, start: int = 0, tensorboard: bool = True, tracker: str = ""):
         self.rows: list[dict] = []
-        self._file = self._events = None
+        self._file = self._events = self._tracker = None
         if directory is None:
             return
         self._path = directory / "metrics.jsonl"
@@ -38,6 +38,8 @@ class Writer:
         if tensorboard:
             self._outbox = storage.outbox(directory)
             self._events = _Events(self._outbox.local, start)
+        if tracker:
+            self._tracker = trackers.Guarded(tracker, directory)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         row = {"step": step, **scalars}
@@ -47,6 +49,8 @@ class Writer:
         if self._events:
             for name, value in scalars.items():
                 self._events.add(step, summary.scalar(name, value))
+        if self._tracker:
+            self._tracker.write(step, scalars)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         if self._events:
@@ -62,9 +66,11 @@ class Writer:
         if self._events:
             self._events.flush()
             self._outbox.push()
+        if self._tracker:
+            self._tracker.flush()
 
     def close(self) -> None:
-        for file in (self._file, self._events):
+        for file in (self._file, self._events, self._tracker):
             if file:
                 file.close()
         if self._events:
