@@ -4,7 +4,7 @@ What a notebook needs, in the order of use; nothing is imported before it is ask
 
     task, load_data, Batches, batches, augment, Mixing, normalise   images: arrays, any iterable of batches, named data sets
     make_slimmable, take, mask, sandwich_loss                       a teacher of your own Flax module, read at a width
-    train_teacher, load_teacher                                     trained by the sandwich rule, frozen, kept
+    train_teacher, load_teacher, combine                            trained by the sandwich rule, frozen, kept; several as one
     stage_plan, even_plan, cycles, learning_rate                    who teaches when, and at which learning rate
     distil, fit_distiller, create_distiller                         any student, any distiller, or its loss in your own loop
     score, save, load, create_model, apply_model                    what came of it
@@ -50,6 +50,7 @@ _HOMES = {
     "learning_rate": "training.schedules:learning_rate",
     "Task": "training.task:Task",
     "task": "training.task:task",
+    "combine": "training.several_teachers:combine",
     "Teacher": "training.teacher:Teacher",
     "load_teacher": "training.teacher:load_teacher",
     "train_teacher": "training.teacher:train_teacher",

@@ -31,6 +31,7 @@ from pwkd_jax.training.evaluation import score as score
 from pwkd_jax.training.loop import Cadence as Cadence
 from pwkd_jax.training.sandwich import sandwich_loss as sandwich_loss
 from pwkd_jax.training.schedules import learning_rate as learning_rate
+from pwkd_jax.training.several_teachers import combine as combine
 from pwkd_jax.training.task import Task as Task
 from pwkd_jax.training.task import task as task
 from pwkd_jax.training.teacher import Teacher as Teacher

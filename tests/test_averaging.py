@@ -6,14 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import close, identical
+from test_commands import TINY
 from test_training import CLASSES, SHAPE, Tiny, optimizer, preprocess, split
 
 import pwkd_jax as pwkd
-from pwkd_jax import distillers, models, slimmable, stages
+from pwkd_jax import distillers, evaluate, models, slimmable, stages, train
 from pwkd_jax.errors import UserError
 from pwkd_jax.training import accumulation, loop, sharding, student, students_together, teacher
 from pwkd_jax.training import state as states
 from pwkd_jax.training.distil import judged
+from pwkd_jax.training.writers import read_rows
 
 DECAY = 0.6
 
@@ -209,3 +211,17 @@ def test_parts_must_divide_a_batch(task, net):
         pwkd.train_teacher(net, task, duration=2, batch_size=8, accumulate=3, label="")
     with pytest.raises(UserError, match=r"^ema: 1 is not possible; it should be 0 \(off\) or a decay below 1"):
         pwkd.train_teacher(net, task, duration=2, batch_size=8, ema=1, label="")
+
+
+@pytest.mark.parametrize("options", [
+    ["ema=0.9"], ["optimizer.name=optax.contrib:schedule_free_sgd", "optimizer.weight_decay=0.0", "schedule.form=constant"],
+])  # fmt: skip
+def test_a_run_that_is_read_again_is_what_was_scored(options, tmp_path):
+    """Whether a run has ended or one of its checkpoints is named, the weights that count are read."""
+    both = [f"--config.{who}.{option}" for who in ("teacher", "student") for option in options]
+    assert train.main([*TINY, *both, "--config.arms=pwkd", f"--workdir={tmp_path}/w"]) == 0
+    for run, key in (("teacher/slimmable", "top1_1"), ("students/pwkd/seed0", "top1")):
+        rows = {row["step"]: row for row in read_rows(tmp_path / "w" / run / "metrics.jsonl")}
+        assert "raw_" + key in rows[24]
+        for target in (f"{run}/checkpoints/24", run):
+            assert evaluate.evaluate(str(tmp_path / "w" / target))["top1"] == pytest.approx(rows[24][key])

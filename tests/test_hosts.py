@@ -118,6 +118,10 @@ def test_two_processes_equal_one(alone, two):
     close_to(alone, two)
     summary = json.loads((two / "summary.json").read_text())
     assert summary["environment"]["device_count"] == 8 and (two / "report.html").exists()
+    for run in RUNS:
+        classes, last = json.loads((two / run / "result.json").read_text())["classes"], rows(two, run)[-1]
+        assert sum(classes["images"]) == 50 == sum(map(sum, classes["matrix"]))
+        assert 2 * sum(classes["correct"]) == pytest.approx(last.get("top1", last.get("top1_1")))
     assert not Path(f"{two}.1.log").read_text().count("pwkd"), "only process 0 prints"
 
 
@@ -134,11 +138,16 @@ def both(command: str, *options: str) -> list[tuple[int, str, str]]:
             p.kill()
 
 
-def test_two_processes_share_the_images_of_evaluate(alone):
+def test_two_processes_share_the_images_of_evaluate(alone, tmp_path):
     student, teacher = str(alone / RUNS[1]), str(alone / RUNS[0])
-    (code, said, _), (other, nothing, error) = both("evaluate", student, "--teacher", teacher, "--batch-size=16", "--json")
+    options = ["--batch-size=16", "--json", "--per-class", f"--confusion={tmp_path / 'two.csv'}"]
+    (code, said, _), (other, nothing, error) = both("evaluate", student, "--teacher", teacher, *options)
     assert (code, other, nothing) == (0, 0, ""), error
-    found, expected = json.loads(said), scoring.evaluate(student, teacher=teacher, batch_size=16)
+    one = str(tmp_path / "one.csv")
+    found = json.loads(said)
+    expected = scoring.evaluate(student, teacher=teacher, batch_size=16, per_class=True, confusion=one)
+    assert Path(found.pop("confusion")).read_bytes() == Path(expected.pop("confusion")).read_bytes()
+    assert found.pop("classes") == expected.pop("classes")
     pairs = [(found.pop("teacher"), expected.pop("teacher")), (found, expected)]
     for own, single in pairs:
         own.pop("images_per_second", 0), single.pop("images_per_second", 0)

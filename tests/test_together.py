@@ -93,6 +93,9 @@ def test_results_are_those_of_each(apart, unrolled):
         # So that the seconds of all add up to what was spent: those of the common rows were divided.
         assert there["seconds"] == pytest.approx(sum(json.loads(line)["seconds"] for line in
                                                      (unrolled / name / "metrics.jsonl").read_text().splitlines()))  # fmt: skip
+        # Of 50 images, whose edges may fall to either side; each student has its own.
+        assert 2 * sum(there["classes"]["correct"]) == pytest.approx(there["top1_last"])
+        assert here["classes"]["images"] == there["classes"]["images"]
     summary = json.loads((unrolled / "summary.json").read_text())
     assert summary.keys() == json.loads((apart / "summary.json").read_text()).keys()
 

@@ -4,10 +4,11 @@
         --config.data.data_dir=/where/tfds/sets/lie
 
 The argument names the method: kd with all arms, any other with the three that decide, taught by the teacher that
-results/teacher holds; kd trains one anew, or is taught by the same with --config.teacher.run=configs/evidence/results/teacher. The first 4,000 training images and the first 5,000 test images; a slimmable resnet20
-of four widths for 20 epochs, and resnet8 at half its width for 24. Five seeds, three of the other methods, train in one program
-and share their batches, so they differ in their initial weights alone. The last epoch counts; nothing was chosen by it. What
-they gave on two EPYC cores (jax 0.10.2) stands in results/METHOD.json.
+results/teacher holds. kd trains one anew, or is taught by that one with
+--config.teacher.run=configs/evidence/results/teacher. The first 4,000 training images and the first 5,000 test images; a
+slimmable resnet20 of four widths for 20 epochs, and resnet8 at half its width for 24. Five seeds, three of the other methods,
+train in one program and share their batches, so they differ in their initial weights alone. The last epoch counts; nothing was
+chosen by it. What they gave on two EPYC cores (jax 0.10.2) stands in results/METHOD.json.
 """
 
 from ml_collections import ConfigDict

@@ -17,7 +17,7 @@ MOST = 1e30
 
 
 # Lists that hold names; all others hold numbers.
-NAMES = ("arms", "student.reset")
+NAMES = ("arms", "student.reset", "student.teachers")
 
 
 def check_kinds(config: ConfigDict) -> None:
@@ -148,6 +148,10 @@ def check(config: ConfigDict) -> None:
          f"() or {count} numbers above 0, one for each width that teaches")  # fmt: skip
     given = {*zip(s.widths, s.temperatures, strict=False)}
     need("student.temperatures", len(given) == len({w for w, _ in given}), "the same for a width that teaches twice")
+    need("student.teachers", len({*s.teachers}) == len(s.teachers) and all(s.teachers), "() or different workdirs")
+    need("student.teacher_shares", not s.teacher_shares or
+         (len(s.teacher_shares) == 1 + len(s.teachers) and min(s.teacher_shares) > 0),
+         "() or numbers above 0, one for this teacher and one for each of student.teachers")  # fmt: skip
     need("student.width", 0 < s.width <= 1, "in (0, 1]")
     need("student.ensemble", s.ensemble >= 1, "at least 1")
     need("student.schedule.peak_decay", s.schedule.peak_decay > 0, "above 0")
@@ -194,6 +198,9 @@ def check(config: ConfigDict) -> None:
         need(f"{who}.schedule.warmup", not (warmup and rising),
              f"'0 epochs' where a cycle's form is {' or '.join(rising)}, which rises by itself")  # fmt: skip
     need("evaluation.batch_size", c.evaluation.batch_size >= 1, "at least 1")
+    need("evaluation.patience", c.evaluation.patience >= 0, "0 (never) or a number of evaluations")
+    need("evaluation.patience", not c.evaluation.patience or bool(c.data.validation_split),
+         "0 without a data.validation_split to judge by")  # fmt: skip
     for key in ("evaluation", "checkpoint", "log"):
         schedules.steps(config[key].every, f"{key}.every", batch_size=s.batch_size, images=1, total=100)
 

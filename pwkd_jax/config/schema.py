@@ -60,6 +60,7 @@ def default() -> ConfigDict:
         "copy": "",  # of a data_dir on gs://: the folder of each machine into which what is needed of it is copied once
         "train_split": "train",  # TFDS slicing, train[:5000]; or stratified(train, 80%), so much of each class
         "test_split": "test",  # of that, what is left: stratified(train, 80%:); another draw: stratified(train, 80%:, seed=1)
+        "validation_split": "",  # to choose by: a student's best weights, an early end; as stratified(train, 90%:) beside 90%
         "num_classes": 0,  # 0: as the data set says; otherwise it must agree
         "crop_padding": 0,  # random crop after zero padding by so many pixels
         "pixel_range": (),  # folder: black and white of samples that are no bytes, as (0,4095); (): as a 16-bit type says
@@ -118,6 +119,8 @@ def default() -> ConfigDict:
         "weights": "",  # a .safetensors to start from
         "head": "keep",  # as the teacher's
         "width": 1.0,
+        "teachers": (),  # workdirs whose finished teachers teach beside this one's: at each width the mean of all logits
+        "teacher_shares": (),  # of that mean, this experiment's own first; (): equal
         "widths": (),  # the stages' teacher widths in order; (): the teacher's, narrow to wide
         "duration": "240 epochs",  # of all stages together (see budget); the controls get the same
         "budget": "total",  # total: the stages share the duration; per_stage: each has all of it
@@ -146,7 +149,11 @@ def default() -> ConfigDict:
     config.student.schedule.peak_decay = 1.0  # each cycle's peak is the last one's times this
     config.student.schedule.single_form = ""  # form of the controls' one cycle; '': the same form
 
-    config.evaluation = ConfigDict({"every": "1 epoch", "batch_size": 512})
+    config.evaluation = ConfigDict({
+        "every": "1 epoch",
+        "batch_size": 512,
+        "patience": 0,  # evaluations without a better one on the validation split that end a student's last stage; 0: never
+    })  # fmt: skip
     config.checkpoint = ConfigDict({"every": "10 %"})  # of the teacher's or the student's run; stage ends always
     config.log = ConfigDict({
         "every": "50 steps",

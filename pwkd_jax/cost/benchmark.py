@@ -81,6 +81,7 @@ def synthetic_setting(settings: ConfigDict) -> definition.Experiment:
     dataset = data.Dataset(empty.name, split(len(empty.train)), split(len(empty.test)), classes)
     bare = copy.deepcopy(settings).unlock()
     bare.teacher.weights = bare.student.weights = ""
+    bare.student.teachers = bare.student.teacher_shares = ()
     bare.data.image_size = 0  # its images are of one size, in RAM
     return definition.build(bare, mesh, dataset)
 

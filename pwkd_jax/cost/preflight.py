@@ -95,6 +95,7 @@ def _build(settings: ConfigDict, devices: Sequence, dataset) -> definition.Exper
     definition.check_batches(settings, mesh)
     bare = copy.deepcopy(settings).unlock()
     bare.teacher.weights = bare.student.weights = ""
+    bare.student.teachers = bare.student.teacher_shares = ()
     if not bare.data.mean:
         channels = dataset.image_shape[-1]
         bare.data.mean, bare.data.std = (0.5,) * channels, (0.25,) * channels

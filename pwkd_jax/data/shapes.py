@@ -44,7 +44,9 @@ def outline(config: ConfigDict, images: int = 0, image_size: int = 0) -> tuple[D
         slices.length(f"data.{key}", d[key], d.name, shards) if splits else images
         for key in ("train_split", "test_split")
     )
-    return Dataset(d.name, _empty(images or train, shape), _empty(test, shape), classes), source
+    held = slices.length("data.validation_split", d.validation_split, d.name, shards) if d.validation_split and splits else 0
+    validation = _empty(held, shape) if held else None
+    return Dataset(d.name, _empty(images or train, shape), _empty(test, shape), classes, validation=validation), source
 
 
 def _stored(name: str, data_dir: str) -> tuple[tuple, dict[str, int], int] | None:

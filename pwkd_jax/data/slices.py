@@ -80,6 +80,11 @@ def ranges(
     return _runs(inner, chosen)
 
 
+def share(one: list[Range], other: list[Range]) -> bool:
+    """Whether two specifications, as ranges, name an image in common."""
+    return any(a == b and max(i, k) < min(j, m) for a, i, j in one for b, k, m in other)
+
+
 def choose(labels: np.ndarray, part: Stratified) -> np.ndarray:
     """The rising positions of `part` among images of these labels: int [M]. A cut of a class lies at its share rounded up, so
     that a part from 0 holds every class, and parts that meet share no image."""

@@ -47,7 +47,7 @@ class _Store:
 
 def load(
     name: str, data_dir: str = "", train_split: str = "train", test_split: str = "test", num_classes: int = 0,
-    streaming: Streaming | None = None, pixel_range: tuple[float, ...] = (),
+    streaming: Streaming | None = None, pixel_range: tuple[float, ...] = (), validation_split: str = "",
 ) -> Dataset:  # fmt: skip
     """The data set `name`, decoded into RAM; with `streaming` its splits are `stream.Stream`, of images of any size.
 
@@ -65,22 +65,31 @@ def load(
 
     Splits take TFDS's slices, 'train[:5000]', 'train[10%:20%]', 'train[:100]+train[200:300]', and those of each class, see
     `slices`. Whether the two splits share images is not checked; whether they make a task is, where one is made of them, by
-    `soundness`. num_classes: 0, or what the data set must have (for data sets that do not say: has).
+    `soundness`. validation_split: a third one, whose images may be in neither of the others; '' for none. num_classes: 0, or
+    what the data set must have (for data sets that do not say: has).
 
     What of a folder was left out is said on standard error. Raises UserError, naming the config key or the file at fault.
     """
     specs = {"data.train_split": train_split, "data.test_split": test_split}
+    if validation_split:
+        specs["data.validation_split"] = validation_split
     store, classes = _open(name, data_dir, num_classes, specs, pixel_range)
     # Both specifications are checked before anything is decoded.
-    train_ranges, test_ranges = (slices.ranges(key, spec, name, store.shards, store.labels) for key, spec in specs.items())
-    _say_notes(store, train_ranges + test_ranges)
-    train, test = (_take(store, ranges, name, classes, streaming) for ranges in (train_ranges, test_ranges))
+    ranges = {key: slices.ranges(key, spec, name, store.shards, store.labels) for key, spec in specs.items()}
+    for key, spec in [*specs.items()][:2] if validation_split else []:
+        if slices.share(ranges[key], ranges["data.validation_split"]):
+            raise UserError(
+                f"data.validation_split: '{validation_split}' shares images with {key} '{spec}'; cut it off, as in "
+                "data.train_split='stratified(train, 90%)', data.validation_split='stratified(train, 90%:)'"
+            )
+    _say_notes(store, [stretch for found in ranges.values() for stretch in found])
+    train, test, *rest = (_take(store, found, name, classes, streaming) for found in ranges.values())
     if train.image_shape != test.image_shape:
         raise UserError(
             f"data.name: images of data set '{name}' are {_size(train.image_shape)} in '{train_split}' but "
             f"{_size(test.image_shape)} in '{test_split}'; all must have one size, or be streamed at a data.image_size"
         )
-    return Dataset(name, train, test, classes, tuple(store.names))
+    return Dataset(name, train, test, classes, tuple(store.names), rest[0] if rest else None)
 
 
 def load_split(

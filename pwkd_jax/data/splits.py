@@ -44,7 +44,7 @@ class Streaming:
 class Dataset:
     """Two splits, `Split` or `stream.Stream`, of equal image shape and the number of classes of their labels.
 
-    classes: their names, () where there are none.
+    classes: their names, () where there are none. validation: a third one, to choose by; None without one.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Dataset:
     test: Split
     num_classes: int
     classes: tuple[str, ...] = ()
+    validation: Split | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

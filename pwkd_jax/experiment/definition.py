@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from pwkd_jax import data, distillers, models, slimmable, stages, storage, weights
 from pwkd_jax.data import soundness
 from pwkd_jax.errors import UserError
-from pwkd_jax.experiment import starting
+from pwkd_jax.experiment import fellow_teachers, starting
+from pwkd_jax.experiment.fellow_teachers import Fellows
 from pwkd_jax.experiment.naming import naming
 from pwkd_jax.models import contract, precision
 from pwkd_jax.reporting.environment import versions
@@ -25,8 +26,8 @@ from pwkd_jax.training.task import Task
 class Experiment:
     """The data, networks and schedules of a config.
 
-    facts: of the data, see `data_facts`. start: the variables given to start from, if any: {"slimmable" (channels in order),
-    "standard", "student"}.
+    facts: of the data, see `data_facts`. teachers: those that are trained; fellows: {name: others that teach beside one}.
+    start: the variables given to start from, if any: {"slimmable" (channels in order), "standard", "student"}.
     """
 
     config: ConfigDict
@@ -36,6 +37,11 @@ class Experiment:
     student: nn.Module
     start: dict[str, dict]
     dataset: data.Dataset
+    fellows: dict[str, Fellows] = dataclasses.field(default_factory=dict)
+
+    def teaching(self, name: str) -> slimmable.Slimmable | None:
+        """The networks that teach as `name`, slimmable or standard: the trained one's, or with its fellows'."""
+        return self.fellows[name].net if name in self.fellows else self.teachers.get(name)
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
@@ -80,8 +86,9 @@ class Experiment:
     def several(self, count: int) -> students_together.Several | None:
         """How `count` students that are still to be trained train in one program; None for one by one."""
         c = self.config.student
-        # What one has to skip, the others need not; in parts, each would need the teacher's forward pass for itself.
-        if c.batches != "shared" or self.skips or c.accumulate > 1:
+        # What one has to skip, the others need not, nor end where it does; in parts, each would need the teacher's forward pass
+        # for itself.
+        if c.batches != "shared" or self.skips or c.accumulate > 1 or self.config.evaluation.patience:
             return None
         return students_together.several(c.together, count, list(self.mesh.devices.flat))
 
@@ -100,7 +107,7 @@ class Experiment:
         return stages.cycles(plan, False), c.single_form or c.form, 1.0
 
     def distillation(self, teacher: str, widths: Iterable[float]) -> distillers.Distillation:
-        return fit_distiller(self.config, self.facts, self.teachers[teacher], self.student, widths)
+        return fit_distiller(self.config, self.facts, self.teaching(teacher), self.student, widths)
 
     def card(self, model: str, width: float, divisor: int, source: dict) -> dict:
         f = self.facts
@@ -112,6 +119,8 @@ class Experiment:
 
 def data_facts(dataset: data.Dataset, mean: Sequence[float], std: Sequence[float]) -> dict:
     """What of the data everything after training needs to know; what summary.json and data.json of a workdir hold."""
+    splits = {"train": dataset.train, "test": dataset.test}
+    splits |= {"validation": dataset.validation} if dataset.validation is not None else {}
     return {
         "name": dataset.name,
         "train_images": len(dataset.train),
@@ -121,7 +130,7 @@ def data_facts(dataset: data.Dataset, mean: Sequence[float], std: Sequence[float
         "mean": list(mean),
         "std": list(std),
         "classes": list(dataset.classes),
-        "digests": {"train": record.of_split(dataset.train), "test": record.of_split(dataset.test)},
+        "digests": {name: record.of_split(split) for name, split in splits.items()},
     }
 
 
@@ -224,8 +233,10 @@ def prepare(config: ConfigDict) -> Experiment:
     """Read the data and check that everything fits, by shapes alone. Raises UserError; writes nothing."""
     mesh, d = sharding.make_mesh(config.mesh.model), config.data
     check_batches(config, mesh)
-    folder = data.copied(d.name, d.data_dir, d.copy, {f"data.{s}_split": d[f"{s}_split"] for s in ("train", "test")})
-    dataset = data.load(d.name, folder, d.train_split, d.test_split, d.num_classes, streaming(config), d.pixel_range)
+    splits = {f"data.{s}_split": d[f"{s}_split"] for s in ("train", "test", "validation") if d[f"{s}_split"]}
+    folder = data.copied(d.name, d.data_dir, d.copy, splits)
+    dataset = data.load(d.name, folder, d.train_split, d.test_split, d.num_classes, streaming(config), d.pixel_range,
+                        d.validation_split)  # fmt: skip
     keys = ("data.data_dir" if d.data_dir else "data.name", "data.test_split")
     soundness.check(dataset.train, dataset.test, dataset.num_classes, dataset.classes, keys, d.train_split)
     dispatch.most(config.steps_per_dispatch, dispatch.on_device(d.on_device, dataset.train))
@@ -270,8 +281,11 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh, dataset: data.Dataset) ->
     task = Task(
         dataset.train, dataset.test, dataset.num_classes, tuple(mean), tuple(std), augment, mesh, evaluator,
         labels=wants_labels(c), on_device=c.data.on_device, steps_per_dispatch=c.steps_per_dispatch,
+        validator=evaluator.on(dataset.validation) if dataset.validation is not None else None,
     )  # fmt: skip
-    experiment = Experiment(config, task, facts, nets, pupil, start, dataset)
+    taught_by = {stage.teacher for arm in c.arms for stage in plan(c, facts, arm)} & {*nets} if c.student.teachers else ()
+    fellows = {name: fellow_teachers.find(c, facts, name, nets[name]) for name in sorted(taught_by)}
+    experiment = Experiment(config, task, facts, nets, pupil, start, dataset, fellows)
     experiment.several(c.seeds)
     # A schedule that cannot be is a mistake before anything is compiled or written, like a network that does not fit.
     total = schedules.steps(c.teacher.duration, "teacher.duration", batch_size=c.teacher.batch_size, images=len(dataset.train))

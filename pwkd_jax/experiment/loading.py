@@ -13,10 +13,11 @@ from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition
 from pwkd_jax.experiment.workdir import changed_since, config_of
 from pwkd_jax.reporting.environment import versions
-from pwkd_jax.training import checkpoints, student
+from pwkd_jax.training import averaging, checkpoints, selection, student
+from pwkd_jax.training.writers import read_rows
 from pwkd_jax.weights import Network
 
-KINDS = "a run (WORKDIR/teacher/slimmable, WORKDIR/students/pwkd/seed0), a checkpoint in it, or a .safetensors file"
+KINDS = "a run (WORKDIR/teacher/slimmable, WORKDIR/students/pwkd/seed0), a checkpoint or RUN/best, or a .safetensors file"
 
 
 def load(target: str, width: float | None = None, model: str = "", kinds: str = KINDS) -> tuple[Network, dict]:
@@ -34,6 +35,11 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
         if width not in (None, card["width"]):
             raise UserError(f"--width: {target} holds width {card['width']:g} alone")
         return Network(weights.build(card), variables, card), known(card["source"], card.get("classes", ()))
+    if path.name == "best" and storage.exists(path.parent / "metrics.jsonl"):
+        best = selection.best(read_rows(path.parent / "metrics.jsonl"))
+        if best is None or best not in storage.saved_steps(path.parent / "checkpoints"):
+            raise UserError(f"{target}: this run kept no best weights, for want of a data.validation_split; name the run")
+        path = path.parent / "checkpoints" / str(best)
     if not storage.exists(path):
         raise UserError(f"{target}: there is no such file or directory; give {kinds}")
     inside = path.parent.name == "checkpoints" and path.name.isdigit()
@@ -100,7 +106,7 @@ def _teacher(target: str, workdir: Path, run: Path, step: int | None, width: flo
     if c.calibration.images:
         raise UserError(f"{target}: its batch norm is calibrated when training ends; name the finished run instead")
     state = _checkpoint(run, step)
-    variables = net.extract(state["params"], state["collections"], width)
+    variables = net.extract(*averaging.read(state), width)
     return net.members[width], variables, about | {"source": {"steps": step}}
 
 
@@ -114,7 +120,8 @@ def _student(target: str, workdir: Path, run: Path, step: int | None, width: flo
     step = steps[-1] if step is None else step
     state = _checkpoint(run, step)
     nets, pupil = definition.networks(config, facts)
-    variables = student.read(state["params"], state["collections"])
+    params, collections = averaging.read(state)
+    variables = student.read(params, collections)
     source = {"steps": step, "arm": run.parent.name, "seed": int(run.name.removeprefix("seed"))}
     about = {"model": c.model, "width": c.width, "divisor": 0, "source": source}
     stage = next(s for s in definition.plan(config, facts, run.parent.name) if step <= s.end)
@@ -126,8 +133,8 @@ def _student(target: str, workdir: Path, run: Path, step: int | None, width: flo
             file = workdir / "teacher" / stage.teacher / f"width_{slimmable.width_key(taught)}.safetensors"
             model = student.Assisted(pupil, nets[stage.teacher].members[taught], distillation, taught)
             variables = {
-                "student": variables, "params": state["params"]["distiller"],
-                "state": state["collections"]["distiller"], "teacher": weights.read(file, config.teacher.model)[0],
+                "student": variables, "params": params["distiller"], "state": collections["distiller"],
+                "teacher": weights.read(file, config.teacher.model)[0],
             }  # fmt: skip
             about["assisted"] = {"distiller": c.distiller.name, "teacher": config.teacher.model, "width": taught}
             return model, variables, about

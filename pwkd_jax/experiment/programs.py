@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pwkd_jax import distillers, models, stages
+from pwkd_jax import distillers, models, slimmable, stages
 from pwkd_jax.experiment.definition import Experiment, mixing, wants_labels
 from pwkd_jax.models import precision
 from pwkd_jax.training import dispatch, distil, schedules, sharding, student, students_together, teacher
@@ -42,7 +42,7 @@ def student_steps(
 
     several: of so many students at once.
     """
-    c, net = experiment.config.student, experiment.teachers.get(plan[0].teacher)
+    c, net = experiment.config.student, experiment.teaching(plan[0].teacher)
     members = {w: precision.inference(m, c.teacher_dtype, c.teacher_folded) for w, m in net.members.items()} if net else {}
     return distil.programs(
         experiment.student, members, plan, distillation, experiment.on(several).task,
@@ -110,7 +110,7 @@ def _teacher(experiment: Experiment, name: str, trained: bool) -> list[Program]:
     runs = _scored(c) * _evaluations(experiment, [total], c.batch_size) if trained else _batches(experiment)
     for width in sorted(net.table):
         title = f"{kind}teacher {width:g} evaluation"
-        found.append(_evaluation(experiment, title, net.members[width], _frozen(experiment, name, width), runs))
+        found.append(_evaluation(experiment, title, net.members[width], _frozen(experiment, net, width), runs))
     return found
 
 
@@ -128,10 +128,11 @@ def _student(experiment: Experiment, plan: Sequence[stages.Stage], distillation)
     several = experiment.several(experiment.config.seeds)
     create, steps = student_steps(experiment, plan, distillation, several)
     like = jax.eval_shape(functools.partial(students_together.member, index=0), create.like) if several else create.like
-    widest = experiment.teachers[name].widest if name in experiment.teachers else 0.0
+    widest = experiment.teaching(name).widest if name in experiment.teachers else 0.0
     for widths, step in steps.items():
         here = experiment.on(several)
-        args, frozen = (create.like, _batch(here, c.batch_size)), {w: _frozen(here, name, w) for w in widths}
+        args, net = (create.like, _batch(here, c.batch_size)), experiment.teaching(name)
+        frozen = {w: _frozen(here, net, w) for w in widths}
         runs = (1 if several else experiment.config.seeds) * sum(s.end - s.start for s in plan if s.widths == widths)
         title = student_title(widths, several)
         program = Program(title, step, args, {"teacher": frozen}, c.batch_size, "student.batch_size", runs)
@@ -139,8 +140,8 @@ def _student(experiment: Experiment, plan: Sequence[stages.Stage], distillation)
     if distillation is not None and distillation.predicts:  # the distiller has the last word on the logits, by width
         for stage in plan:
             width = max(stage.widths)
-            model = student.Assisted(experiment.student, experiment.teachers[name].members[width], distillation, width)
-            variables = model.variables(like, _frozen(experiment, name, width))
+            model = student.Assisted(experiment.student, experiment.teaching(name).members[width], distillation, width)
+            variables = model.variables(like, _frozen(experiment, experiment.teaching(name), width))
             runs = _scored(c) * experiment.config.seeds * _evaluations(experiment, [stage.end], c.batch_size, stage.start)
             title = f"student eval., teacher {width:g}"
             yield ("evaluation", (width,), widest), _evaluation(experiment, title, model, variables, runs)
@@ -164,16 +165,16 @@ def _scored(config: ConfigDict) -> int:
 def _evaluations(experiment: Experiment, ends: Sequence[int], batch_size: int, start: int = 0) -> int:
     """Batches scored by all evaluations of a run, or of its steps from `start`: at the cadence and at every end."""
     every = experiment.cadence(ends[-1], batch_size).evaluate
-    return len({*range(every, ends[-1] + 1, every), *ends} - {*range(start + 1)}) * _batches(experiment)
+    held_out = -(-len(experiment.dataset.validation or ()) // experiment.evaluator.batch_size)
+    return len({*range(every, ends[-1] + 1, every), *ends} - {*range(start + 1)}) * (_batches(experiment) + held_out)
 
 
 def _batches(experiment: Experiment) -> int:
     return -(-len(experiment.dataset.test) // experiment.evaluator.batch_size)
 
 
-def _frozen(experiment: Experiment, name: str, width: float):
-    like, how = experiment.teachers[name].likes[width], experiment.config.student.teacher_sharding
-    like = models.whole(like)
+def _frozen(experiment: Experiment, net: slimmable.Slimmable, width: float):
+    like, how = models.whole(net.likes[width]), experiment.config.student.teacher_sharding
     return sharding.abstract(like, sharding.shardings(experiment.mesh, like, how))
 
 

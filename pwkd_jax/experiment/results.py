@@ -9,6 +9,7 @@ import numpy as np
 
 from pwkd_jax import storage
 from pwkd_jax.errors import UserError
+from pwkd_jax.reporting import per_class
 from pwkd_jax.training import distributed, preemption
 
 
@@ -24,7 +25,7 @@ def result(directory: Path, shape: dict, **own: object) -> dict | None:
         found = read(path)
         if found is None:
             return None
-        if fault := storage.misfit(found, shape):
+        if fault := storage.misfit(found, shape) or per_class.fault(found.get("classes")):
             raise UserError(f"'{path}' is not as it was written: {fault}; bring it back, or make it anew")
         for key, value in json.loads(json.dumps(own)).items():
             if found[key] != value:

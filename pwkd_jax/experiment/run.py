@@ -10,6 +10,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ from pwkd_jax.experiment.workdir import claim, held
 from pwkd_jax.reporting import summary as reporting
 from pwkd_jax.reporting.environment import environment
 from pwkd_jax.training import distributed
+from pwkd_jax.training.teacher import Teacher
 
 
 def run(config: ConfigDict, workdir: Path) -> dict:
@@ -59,8 +61,9 @@ def run(config: ConfigDict, workdir: Path) -> dict:
 def _run(experiment: Experiment, plans: dict, wanted: list[str], distillations: dict, workdir: Path) -> dict:
     config = experiment.config
 
-    taught = {name: functools.cache(functools.partial(teach, experiment, workdir, name)) for name in wanted}
-    teacher_results = {name: finished(experiment, workdir, name) or taught[name]()[1] for name in wanted}
+    own = {name: functools.cache(functools.partial(teach, experiment, workdir, name)) for name in wanted}
+    teacher_results = {name: finished(experiment, workdir, name) or own[name]()[1] for name in wanted}
+    taught = {name: functools.cache(functools.partial(_with_fellows, experiment, name, own[name])) for name in wanted}
     for line in reporting.gates(teacher_results, {}):
         print(f"warning: {line}")
     learnt = []
@@ -85,6 +88,15 @@ def _run(experiment: Experiment, plans: dict, wanted: list[str], distillations: 
     return summary
 
 
+def _with_fellows(experiment: Experiment, name: str, own: Callable[[], tuple[Teacher, dict]]) -> tuple[Teacher, dict]:
+    """The teacher `name` as it teaches: alone, or with those of other workdirs."""
+    teacher, result = own()
+    if name in experiment.fellows:
+        how = experiment.config.student.teacher_sharding
+        teacher = experiment.fellows[name].with_own(teacher, lambda tree: experiment.place(tree, how))
+    return teacher, result
+
+
 def _title(name: str, width: float) -> str:
     return name if width == 1 else f"{name} at width {width:g}"
 
@@ -100,5 +112,8 @@ def _announce(experiment: Experiment, wanted: list[str]) -> None:
     for label, width, model in [*lines, (f"student {c.student.model}", c.student.width, experiment.student)]:
         costs = cost(experiment, model)
         print(f"  {label} at width {width:<5g} {costs['params']:>12,} parameters {costs['macs']:>15,} MACs an image")
+    for name, fellows in experiment.fellows.items():
+        beside = ", ".join(f"{model} of {run}" for model, run in zip(fellows.models, fellows.runs, strict=True))
+        print(f"  the {name} teacher teaches together with {beside}")
     if "slimmable" in wanted and c.teacher.batch_norm == "shared" and not c.teacher.calibration.images:
         print("  warning: batch norm shared between widths is wrong for all of them without teacher.calibration.images")

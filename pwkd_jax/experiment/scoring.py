@@ -13,10 +13,11 @@ from pwkd_jax.data import class_names, copied
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import exported, loading
 from pwkd_jax.experiment.starting import other_classes
+from pwkd_jax.reporting import per_class as classes
 from pwkd_jax.training import distributed, record
 from pwkd_jax.training.evaluation import predictor, score_predictions
 
-KINDS = f"{loading.KINDS}, or an exported .stablehlo program"
+KINDS = f"{loading.KINDS}, or an exported .stablehlo program or .onnx model"
 
 
 class Scored(NamedTuple):
@@ -33,34 +34,65 @@ class Scored(NamedTuple):
 def evaluate(
     target: str, width: float | None = None, teacher: str | None = None, teacher_width: float | None = None,
     data: str | None = None, data_dir: str | None = None, split: str | None = None, batch_size: int = 256, model: str = "",
-    image_size: int | None = None, resize: int | None = None, workers: int = -1, copy: str = "",
+    image_size: int | None = None, resize: int | None = None, workers: int = -1, copy: str = "", per_class: bool = False,
+    confusion: str = "",
 ) -> dict:  # fmt: skip
     """{"target", "model", "data", "split", "images", "images_per_second", the keys of `scores.summary`, and with a teacher
-    "teacher": {"target", "model", its own scores}}. Several processes share the images and all call it. Raises UserError."""
+    "teacher": {"target", "model", its own scores}}; by `per_class` also "classes", see `reporting.per_class.rows`. confusion: a
+    CSV file to write the confusion matrix into, which is then named there. Several processes share the images and all call it.
+    Raises UserError."""
     if batch_size < 1:
         raise UserError(f"--batch-size: {batch_size} is not possible; it should be at least 1")
     if teacher_width is not None and teacher is None:
         raise UserError("--teacher-width: needs --teacher")
+    place = _table(confusion) if confusion else None
 
     def opened() -> tuple:
         return _opened(target, width, teacher, teacher_width, data, data_dir, split, model, image_size, resize, workers, copy)
 
-    own, taught, name, part, images = distributed.together(opened)
+    own, taught, name, part, images, names = distributed.together(opened)
     result = {"target": target, "model": own.title, "data": name, "split": part}
     result |= score_predictions(
         own.log_probabilities, images, teacher=taught and taught.log_probabilities, batch_size=batch_size,
         devices=max(own.devices, taught.devices if taught else 1), names=(target, teacher or ""),
+        classes=per_class or place is not None,
     )  # fmt: skip
     if taught:
         result["teacher"] = {"target": teacher, "model": taught.title, **result["teacher"]}
+    labels, predicted = result.pop("labels", None), result.pop("predicted", None)
+    beside = result["teacher"].pop("predicted", None) if taught else None
+    if per_class:
+        result["classes"] = classes.rows(labels, predicted, own.num_classes, names, beside)
+    if place is not None:
+        content = classes.as_csv(classes.matrix(labels, predicted, own.num_classes), names)
+        distributed.decide(lambda: _write(place, content))
+        result["confusion"] = confusion
     return result
+
+
+def _table(confusion: str) -> Path:
+    """The place of --confusion. Raises UserError, before any image is read, where it is none for a file."""
+    place = storage.path(confusion, "--confusion")
+    if place.suffix != ".csv":
+        raise UserError(f"--confusion: '{confusion}' should be a name ending in .csv")
+    if distributed.decide(lambda: storage.is_folder(place)):
+        raise UserError(f"--confusion: '{confusion}' is a folder; give the name of a file")
+    return place
+
+
+def _write(place: Path, content: str) -> None:
+    try:
+        storage.replace(place, content)
+    except OSError as error:
+        raise UserError(f"--confusion: '{place}' cannot be written ({error.strerror})") from error
 
 
 def _opened(
     target: str, width: float | None, teacher: str | None, teacher_width: float | None, data: str | None, data_dir: str | None,
     split: str | None, model: str, image_size: int | None, resize: int | None, workers: int, copy: str,
-) -> tuple[Scored, Scored | None, str, str, data.Split | data.Stream]:  # fmt: skip
-    """(the network, its teacher, the data set, the split, its images) that a command names. Raises UserError."""
+) -> tuple[Scored, Scored | None, str, str, data.Split | data.Stream, Sequence[str]]:  # fmt: skip
+    """(the network, its teacher, the data set, the split, its images, the names of their classes or none) that a command names.
+    Raises UserError."""
     own = open_target(target, width, model)
     taught = open_target(teacher, teacher_width, model) if teacher else None
     name, split = data or own.data["name"], split or (own.data["test_split"] if data is None else "test")
@@ -73,12 +105,13 @@ def _opened(
     digest = own.data.get("digest") if data is None and split == own.data["test_split"] else None
     if digest and record.of_split(images) not in (None, digest):
         print(f"warning: the {split} split of '{name}' holds other images or labels than those of {target}", file=sys.stderr)
-    images = _in_order(images, own.data.get("classes", ()), class_names(name, folder, split), target, name)
+    names = class_names(name, folder, split)
+    images = _in_order(images, own.data.get("classes", ()), names, target, name)
     if taught and taught.data.get("classes") and own.data.get("classes") and taught.data["classes"] != own.data["classes"]:
         raise UserError(f"--teacher: {teacher} {other_classes(taught.data['classes'], own.data['classes'])}, unlike {target}")
     if taught and (taught.image_shape, taught.num_classes) != (own.image_shape, own.num_classes):
         raise UserError(f"--teacher: {teacher} {_takes(taught)}, but {target} {_takes(own)}")
-    return own, taught, name, split, images
+    return own, taught, name, split, images, own.data.get("classes") or names
 
 
 def _split(
@@ -125,11 +158,11 @@ def _takes(scored: Scored) -> str:
 
 def open_target(target: str, width: float | None = None, model: str = "") -> Scored:
     """What a command names, ready to predict. Raises UserError."""
-    if Path(target).suffix == ".stablehlo":
+    if (kind := Path(target).suffix) in (".stablehlo", ".onnx"):
         for option, value in (("--width", width), ("--model", model)):
             if value:
                 raise UserError(f"{option}: {target} is a program, of one model and width")
-        program = exported.open_program(storage.path(target))
+        program = (exported.open_onnx if kind == ".onnx" else exported.open_program)(storage.path(target))
         title = f"a program for {', '.join(program.platforms)}"
         return Scored(program.log_probabilities, title, program.image_shape, program.num_classes, program.data, 1)
     found, known = loading.load(target, width, model, KINDS)

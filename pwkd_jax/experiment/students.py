@@ -11,8 +11,8 @@ from clu import parameter_overview
 from pwkd_jax import distillers, stages, storage
 from pwkd_jax.experiment import programs, results
 from pwkd_jax.experiment.definition import Experiment
-from pwkd_jax.reporting import summary
-from pwkd_jax.training import distributed, preemption, schedules, students_together
+from pwkd_jax.reporting import per_class, summary
+from pwkd_jax.training import distributed, preemption, schedules, selection, students_together
 from pwkd_jax.training import state as states
 from pwkd_jax.training.checkpoints import Checkpoints
 from pwkd_jax.training.distil import Student, distil, judged
@@ -40,11 +40,17 @@ class Arm:
         return judged(self.experiment.student, self.distillation, self.plan, self.teacher, state)
 
     def result(self, seed: int, rows: Sequence[dict], saved: Sequence[states.State]) -> dict:
-        """result.json of a student. saved: its states at the ends of stages, none where there is one stage."""
-        experiment, ends, total = self.experiment, self.ends, self.ends[-1]
+        """result.json of a student. saved: its states at the ends of its stages; it is judged by the last."""
+        experiment, total = self.experiment, rows[-1]["step"]
+        ends = [*self.ends[:-1], total]  # of a last stage that patience cut short
         evaluated = [r for r in rows if "top1" in r]
+        best = selection.best(rows)
+        chosen = {} if best is None else {"selected": next(
+            {key: r[key] for key in ("step", "validation_top1", "top1")} for r in rows if r["step"] == best
+        )}  # fmt: skip
         at_step = {r["step"]: r["top1"] for r in evaluated}
-        ensemble = experiment.evaluator.ensemble_top1([self.judged(s) for s in saved])
+        judged = [self.judged(s) for s in saved]
+        ensemble = experiment.evaluator.ensemble_top1(judged) if len(ends) > 1 else []
         rates = schedules.table(experiment.schedule("student", *experiment.spans(self.plan)), total)
         shown = np.unique(np.concatenate([np.linspace(0, total - 1, min(total, 360)).astype(int), np.array(ends) - 1]))
         return {
@@ -58,6 +64,8 @@ class Arm:
             "ensemble": [{"members": m + 1, "top1": score} for m, score in enumerate(ensemble)],
             "curve": [results.point(r) | {"top1": r["top1"]} for r in evaluated],
             "learning_rates": [[int(s), float(rates[s])] for s in shown],
+            "classes": per_class.counts(*experiment.evaluator.predictions(*judged[-1]), experiment.task.num_classes),
+            **chosen,
             **results.effort(rows, total, experiment.config.student.batch_size, len(experiment.dataset.train)),
         }
 
@@ -92,11 +100,11 @@ def _learn(arm: Arm, directory: Path, seeds: Sequence[int], compiled: tuple, sev
         # Not at home in any seed's directory while they train; those are written when all have finished.
         path, label = directory / f"seeds{'+'.join(map(str, seeds))}", f"{arm.name}, {len(seeds)} seeds"
         learnt = _train(arm, path, label, seeds, compiled, several)
-        done = [_leave(arm, directory, seeds, i, learnt.rows, learnt.snapshots) for i in range(len(seeds))]
+        done = [_leave(arm, directory, seeds, i, learnt) for i in range(len(seeds))]
     else:
         path = directory / f"seed{seeds[0]}"
         learnt = _train(arm, path, f"{arm.name}/seed{seeds[0]}", seeds[0], compiled)
-        done = [arm.result(seeds[0], learnt.rows, learnt.snapshots if len(arm.ends) > 1 else [])]
+        done = [arm.result(seeds[0], learnt.rows, learnt.snapshots)]
     for seed, result in zip(seeds, done, strict=True):
         distributed.write(directory / f"seed{seed}" / "result.json", json.dumps(result))
     if several and distributed.primary():
@@ -118,19 +126,23 @@ def _train(
         data_seed=experiment.config.seed if c.batches == "shared" else None,
         start=experiment.start.get("student"), reset=c.reset, connectors=c.connectors, directory=directory, label=label,
         cadence=cadence, several=several, profiled=experiment.config.profile,
-        compiled=compiled,
+        patience=experiment.config.evaluation.patience, compiled=compiled,
     )  # fmt: skip
 
 
-def _leave(arm: Arm, directory: Path, seeds: Sequence[int], index: int, rows, saved: Sequence[states.State]) -> dict:
+def _leave(arm: Arm, directory: Path, seeds: Sequence[int], index: int, learnt: Student) -> dict:
     """The result of one of several students; writes the rows and checkpoints that it would have written alone."""
     directory = directory / f"seed{seeds[index]}"
     if distributed.primary():
         storage.remove(directory, missing_ok=True)  # what a run alone began, or a kill tore
-    rows = students_together.own_rows(rows, index, len(seeds))
-    own = [arm.experiment.place(students_together.member(state, index)) for state in saved]
+    rows = students_together.own_rows(learnt.rows, index, len(seeds))
+    own, best = (
+        [arm.experiment.place(students_together.member(state, index)) for state in states]
+        for states in (learnt.snapshots, learnt.best[index : index + 1])
+    )
     checkpoints = Checkpoints(directory / "checkpoints", keep=arm.ends)
-    for state in own:
+    checkpoints.choose({int(state.step) for state in best})
+    for state in sorted([*best, *own], key=lambda state: int(state.step)):
         checkpoints.save(int(state.step), state)
     checkpoints.close()
     overview = parameter_overview.get_parameter_overview(own[-1].params)
@@ -141,4 +153,4 @@ def _leave(arm: Arm, directory: Path, seeds: Sequence[int], index: int, rows, sa
         writer.write_scalars(row["step"], {key: value for key, value in row.items() if key != "step"})
     writer.flush()
     writer.close()
-    return arm.result(seeds[index], rows, own if len(arm.ends) > 1 else [])
+    return arm.result(seeds[index], rows, own)

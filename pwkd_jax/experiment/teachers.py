@@ -12,7 +12,7 @@ from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import programs, results, shared_teachers
 from pwkd_jax.experiment.definition import Experiment
 from pwkd_jax.models import costs
-from pwkd_jax.reporting import summary
+from pwkd_jax.reporting import per_class, summary
 from pwkd_jax.training import distributed, schedules
 from pwkd_jax.training import teacher as training
 from pwkd_jax.training.teacher import Teacher
@@ -56,6 +56,7 @@ def teach(experiment: Experiment, workdir: Path, name: str) -> tuple[Teacher, di
             for w, key in keys.items()
         ],
         "curve": [results.point(r) | {"top1": {slimmable.width_key(w): r[k] for w, k in keys.items()}} for r in evaluated],
+        "classes": _classes(experiment, taught),
         **results.effort(taught.rows, total, size, images),
     }
     _keep(taught, directory, result)
@@ -79,11 +80,17 @@ def _given(experiment: Experiment, directory: Path) -> tuple[Teacher, dict]:
     top1 = experiment.evaluator(net.members[1.0], variables)["top1"]
     row = {"width": 1.0, **cost(experiment, net.members[1.0]), "top1_last": top1, "top1_best": top1}
     effort = {"steps": 0, "epochs": 0.0, "seconds": time.monotonic() - begun, "images_per_second": 0.0}
-    result = {"model": c.model, "widths": [row], "curve": [], **effort}
     card = _card(experiment, "standard", 0)(1.0, [{"top1_1": top1}])
     taught = Teacher(net, {1.0: variables}, {1.0: card})
+    result = {"model": c.model, "widths": [row], "curve": [], "classes": _classes(experiment, taught), **effort}
     _keep(taught, directory, result)
     return taught, result
+
+
+def _classes(experiment: Experiment, taught: Teacher) -> dict:
+    """Of the test images by class, at its full width."""
+    whole = taught.at()
+    return per_class.counts(*experiment.evaluator.predictions(whole.model, whole.variables), experiment.task.num_classes)
 
 
 def _card(experiment: Experiment, name: str, steps: int) -> Callable[[float, list[dict]], dict]:

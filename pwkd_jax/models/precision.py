@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from pwkd_jax import models
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import batch_norm_folding
+from pwkd_jax.models.ensemble import Ensemble
 
 DTYPES = ("float32", "bfloat16")
 
@@ -109,6 +110,8 @@ def wrap(model: nn.Module, dtype: str = "float32", group: int = 0) -> Any:
 
 def inference(model: Any, dtype: str = "", folded: bool = False) -> Any:
     """What `wrap` made, for prediction alone: in another `dtype` where one is given, and with batch norm `folded`."""
+    if isinstance(model, Ensemble):
+        return Ensemble(tuple(inference(member, dtype, folded) for member in model.members), model.shares)
     now, group = (model.dtype, model.group) if isinstance(model, Computed) else ("float32", 0)
     inner = batch_norm_folding.Folded(plain(model)) if folded else plain(model)
     return wrap(inner, dtype or now, group)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from pwkd_jax.reporting import phrases, plots
+from pwkd_jax.reporting import class_plots, per_class, phrases, plots
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -18,6 +18,7 @@ def report(summary: dict) -> str:
         _section("Results", _arm_figures(summary), _arm_tables(summary), folded=_run_table(summary)),
         _section("Training", _training_figures(summary)),
         _section("Stages and their snapshots", _stage_figures(summary)),
+        _class_section(summary),
         _section("Teachers", _teacher_figures(summary), _teacher_tables(summary)),
         _section("Time and environment", tables=_environment_tables(summary), folded=[config]),
     ]
@@ -93,8 +94,9 @@ def _section(
     return {"title": title, "figures": figures, "tables": tables, "text": text, "folded": folded}
 
 
-def _figure(svg: str, caption: str, wide: bool = False) -> list[dict]:
-    return [{"svg": svg, "caption": caption, "wide": wide}] if svg else []
+def _figure(svg: str, caption: str, size: str = "") -> list[dict]:
+    """size: "" of two side by side, or wide, or full, the page's whole width."""
+    return [{"svg": svg, "caption": caption, "size": size}] if svg else []
 
 
 def _arm_figures(summary: dict) -> list[dict]:
@@ -120,7 +122,7 @@ def _training_figures(summary: dict) -> list[dict]:
     caption += "Below: the learning rate, once for arms that share it."
     if "pwkd" in summary["arms"]:
         caption += " Bands are the stages of pwkd, with the width of the sub-network that teaches."
-    return _figure(plots.curves(summary), caption, wide=True)
+    return _figure(plots.curves(summary), caption, "wide")
 
 
 def _teacher_figures(summary: dict) -> list[dict]:
@@ -130,6 +132,58 @@ def _teacher_figures(summary: dict) -> list[dict]:
         *_figure(plots.teacher(summary, "width"), caption.format("width")),
         *_figure(plots.teacher(summary, "macs"), cost),
     ]
+
+
+def _class_section(summary: dict) -> dict | None:
+    """The classes one by one; None where no arm's runs counted them."""
+    classes = per_class.of_summary(summary)
+    if classes is None:
+        return None
+    text = []
+    if missing := [arm for arm in summary["arms"] if arm not in classes["top1"]]:
+        text.append(f"Without {', '.join(missing)}, of which some runs are of before classes were counted.")
+    figures, tables = _class_figures(classes), _class_tables(classes)
+    if len(classes["names"]) > per_class.MATRIX:
+        text.append(
+            "python -m pwkd_jax.evaluate, of any run, lists all classes with --per-class --json, and with --confusion=FILE.csv "
+            "all that are confused."
+        )
+        return _section("Classes", figures, tables, text)
+    return _section("Classes", figures, text=text, folded=[{"title": t.pop("title"), "table": t} for t in tables])
+
+
+def _class_figures(classes: dict) -> list[dict]:
+    size = "full" if len(classes["names"]) > class_plots.FULL else ""
+    known = "Top-1 of each class at the last epoch, mean over seeds: the teachers at full width, and the arms"
+    known += " (pwkd and its two controls)" * (len(classes["top1"]) > len(class_plots.shown(classes)))
+    taken = f"Images of each class by the class that {_student(classes)}, takes them for. Those on the diagonal are right; the "
+    taken += f"others are darkest at {class_plots.worst_share(classes):.1f} % of a class's images."
+    return [
+        *_figure(class_plots.accuracy(classes), f"{known}. The axis is cut.", size),
+        *_figure(class_plots.confusion(classes), taken, size),
+    ]
+
+
+def _class_tables(classes: dict) -> list[dict]:
+    names, images, top1, focus = (classes[key] for key in ("names", "images", "top1", "focus"))
+    worst, best = per_class.worst_first(top1[focus]), []
+    if len(names) > per_class.MATRIX:
+        worst, best = per_class.some(worst, top1[focus])
+    rows = [[names[c], f"{images[c]:,}", *(per_class.cell(of[c]) for of in top1.values())] for c in (*worst, *best)]
+    which = f"the {len(worst)} worst of {focus} and its {len(best)} best" if best else f"the worst of {focus} first"
+    known = {"title": "Every class", "header": ["class", "images", *top1], "rows": rows, "text": 1}
+    known |= {"caption": f"Top-1 in percent of each class at the last epoch, mean over seeds; {which}."}
+    rows = [
+        [names[a], names[b], f"{count:,}", per_class.cell(per_class.percent(count, images[a]))]
+        for a, b, count in per_class.confused(classes["run"]["classes"])
+    ]
+    taken = {"title": "Most confused", "header": ["true class", "taken for", "images", "share"], "rows": rows, "text": 2}
+    taken |= {"caption": f"What {_student(classes)}, confuses most; shares in percent of the true class's images."}
+    return [known, taken] if rows else [known]
+
+
+def _student(classes: dict) -> str:
+    return f"{classes['run']['arm']} of seed {classes['run']['seed']}, the best of its arm by the last epoch"
 
 
 def _arm_tables(summary: dict) -> list[dict]:

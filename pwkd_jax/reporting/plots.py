@@ -8,6 +8,7 @@ import io
 import math
 import re
 import textwrap
+import warnings
 from collections.abc import Sequence
 
 import matplotlib.style
@@ -85,9 +86,9 @@ def teacher(summary: dict, axis: str) -> str:
     axes.set_xticks(kept, [ticks[x] for x in kept])
     axes.set_xlabel("width" if axis == "width" else "MACs of one image (log scale)")
     axes.set_ylabel("top-1 (%)")
-    _zoom(axes, values)
+    zoom(axes, values)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return _svg(figure, f"teacher-{axis}", f"Teacher top-1 in percent by {axis}. " + "; ".join(said))
+    return svg(figure, f"teacher-{axis}", f"Teacher top-1 in percent by {axis}. " + "; ".join(said))
 
 
 @styled
@@ -119,7 +120,7 @@ def curves(summary: dict) -> str:
         look = LOOKS.get(next((arm for arm in FOCUS if arm in arms), arms[0]), OTHER)
         label = textwrap.fill(", ".join(arms), 70)
         low.plot([s * epoch for s, _ in points], [r for _, r in points], color=look[0], linestyle=look[3], label=label)
-    _zoom(top, settled)
+    zoom(top, settled)
     top.set_ylabel("top-1 (%)")
     low.set_ylabel("learning rate")
     low.set_ylim(bottom=0)
@@ -130,7 +131,7 @@ def curves(summary: dict) -> str:
     figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside upper left", ncols=3)
     figure.legend(*low.get_legend_handles_labels(), loc="outside lower left")
     ends = ", ".join(f"{arm} ends at {phrases.spread(summary['arms'][arm]['top1_last'])}" for arm in groups)
-    return _svg(figure, "curves", f"Student top-1 in percent and learning rate over training; {bands}{ends}")
+    return svg(figure, "curves", f"Student top-1 in percent and learning rate over training; {bands}{ends}")
 
 
 @styled
@@ -155,9 +156,9 @@ def arms(summary: dict) -> str:
     axes.set_ylim(len(summary["arms"]) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("top-1 at the last epoch (%)")
-    _zoom(axes, values, "x")
+    zoom(axes, values, "x")
     said = "; ".join(f"{name} {phrases.spread(arm['top1_last'])}" for name, arm in summary["arms"].items())
-    return _svg(figure, "arms", f"Top-1 at the last epoch in percent by arm: {said}")
+    return svg(figure, "arms", f"Top-1 at the last epoch in percent by arm: {said}")
 
 
 @styled
@@ -196,7 +197,7 @@ def gains(named: dict[str, dict]) -> str:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("pwkd minus its better control (points)")
     said = "; ".join(f"{name} {phrases.spread(stat, '+')}" for name, stat in found.items())
-    return _svg(figure, "gains", f"Gain of partial to whole in points: {said}")
+    return svg(figure, "gains", f"Gain of partial to whole in points: {said}")
 
 
 def _by_count(series: dict[str, list[dict]], name: str, label: str) -> str:
@@ -216,10 +217,10 @@ def _by_count(series: dict[str, list[dict]], name: str, label: str) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(label)
     axes.set_ylabel("top-1 (%)")
-    _zoom(axes, values)
+    zoom(axes, values)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     said = "; ".join(f"{arm} " + ", ".join(f"{s['mean']:.2f}" for s in stats) for arm, stats in series.items())
-    return _svg(figure, name, f"Top-1 in percent by {label}: {said}")
+    return svg(figure, name, f"Top-1 in percent by {label}: {said}")
 
 
 def _bands(both: Sequence[Axes], pwkd: dict | None, epoch: float) -> str:
@@ -246,7 +247,7 @@ def _schedules(groups: dict[str, list[dict]]) -> dict[tuple, list[str]]:
     return found
 
 
-def _zoom(axes: Axes, values: Sequence[float], axis: str = "y") -> None:
+def zoom(axes: Axes, values: Sequence[float], axis: str = "y") -> None:
     """Limits accuracies to where they differ; a little above 100 %, for markers, but no tick there."""
     low, high = min(values), max(values)
     pad = max(0.12 * (high - low), 0.25)
@@ -267,22 +268,25 @@ def _apart(places: Sequence[float], limits: tuple[float, float], log: bool) -> l
     return [places[i] for i in reversed(kept)]
 
 
-def _svg(figure: Figure, name: str, alt: str) -> str:
+def svg(figure: Figure, name: str, alt: str) -> str:
     """The figure as an SVG element to put into a page, `name` unique within it; alt: what it shows, in words."""
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    )
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    box = re.search(r'viewBox="[^"]*"', svg)[0]
-    svg = re.sub(r"<svg[^>]*>", f'<svg {box} role="img" aria-label="{html.escape(alt)}">', svg, count=1)
+    with warnings.catch_warnings():
+        # The text stays text, which the reader's own fonts draw.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    box = re.search(r'viewBox="[^"]*"', drawn)[0]
+    head = f'<svg {box} role="img" aria-label="{html.escape(alt)}">'
+    drawn = re.sub(r"<svg[^>]*>", lambda _: head, drawn, count=1)
     # Ids are unique within one picture only; `xlink:href` needs a namespace that a page does not declare.
-    svg = (
-        re.sub(r'\bid="', f'id="{name}-', svg)
+    drawn = (
+        re.sub(r'\bid="', f'id="{name}-', drawn)
         .replace("url(#", f"url(#{name}-")
         .replace('xlink:href="#', f'href="#{name}-')
     )
     for arm, (light, *_) in {**LOOKS, "other": OTHER}.items():
-        svg = svg.replace(f": {light}", f": var(--{arm}, {light})")
-    return svg.replace(f": {INK}", ": currentColor")
+        drawn = drawn.replace(f": {light}", f": var(--{arm}, {light})")
+    return drawn.replace(f": {INK}", ": currentColor")

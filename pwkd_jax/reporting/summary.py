@@ -8,15 +8,19 @@ deviation (ddof = 1), null where n = 1. Numbers that are not finite are null.
     config              as it was run, nested
     environment         versions of pwkd_jax, python, jax, jaxlib, flax, optax, orbax-checkpoint and numpy; device,
                         device_count, git_commit ("unknown" if none), git_dirty
-    data                name, train_images, test_images, num_classes, image_shape
+    data                name, train_images, test_images, num_classes, image_shape; classes = their names, [] without
     teachers            {"slimmable": T, "standard": T}, either may be absent. T: model, steps, epochs, seconds,
                         images_per_second, widths = [{width, params, macs, top1_last, top1_best}],
-                        curve = [{step, epoch, learning_rate, train_loss, top1: {width: %}}]
+                        curve = [{step, epoch, learning_rate, train_loss, top1: {width: %}}], classes = C of the widest
     student             model, params, macs
     runs                one for each arm and seed: arm, seed, top1_last, top1_best, seconds, images_per_second,
                         plan = [{teacher, widths, start, end}] in steps, cycles = [[start, end]],
                         stage_ends = [% at the end of each stage], ensemble = [{members, top1}] of the last snapshots,
-                        curve = [{step, epoch, learning_rate, train_loss, top1}], learning_rates = [[step, rate]]
+                        curve = [{step, epoch, learning_rate, train_loss, top1}], learning_rates = [[step, rate]],
+                        classes = C at the last epoch. C: images and correct, of each class among the test images, and its
+                        matrix = [[images of the row's class taken for the column's]] up to 50 classes, else confused =
+                        [[class, other, images]], the 30 pairs that are confused most. Runs of before this was kept lack it
+                        selected = {step, validation_top1, top1} of the evaluation that was best on validation images
     ensemble_members    how many of the last snapshots make the ensemble that the tables show
     arms                {arm: A} in the order of the controls. A: plan and cycles (of its first seed),
                         runs = [{seed, top1_last, top1_best}], top1_last and top1_best: stats, stage_ends: a stat for
@@ -37,7 +41,7 @@ import numpy as np
 
 from pwkd_jax import storage
 from pwkd_jax.errors import UserError
-from pwkd_jax.reporting import phrases
+from pwkd_jax.reporting import per_class, phrases
 
 FORMAT, VERSION = "pwkd_jax.summary", 1
 ORDER = ("alone", "kd_standard", "kd_whole", "kd_whole_cyclic", "pwkd", "pwkd_reversed", "pwkd_random")
@@ -48,16 +52,19 @@ _EFFORT = {"seconds": float, "images_per_second": float}
 _POINT = {"step": int, "epoch": float, "learning_rate": object, "train_loss": object}
 _TOP1 = {"top1_last": float, "top1_best": float}
 TEACHER = {"model": str, "widths": [{"width": float, "params": int, "macs": int, **_TOP1}],
-           "curve": [{**_POINT, "top1": {"*": float}}], "steps": int, "epochs": float, **_EFFORT}  # fmt: skip
+           "curve": [{**_POINT, "top1": {"*": float}}], "steps": int, "epochs": float, "classes?": per_class.COUNTS,
+           **_EFFORT}  # fmt: skip
 STUDENT = {"arm": str, "seed": int, **_TOP1, "plan": _PLAN, "cycles": [[int]], "stage_ends": [float],
            "ensemble": [{"members": int, "top1": float}], "curve": [{**_POINT, "top1": float}], "learning_rates": [[float]],
+           "classes?": per_class.COUNTS, "selected?": {"step": int, "validation_top1": float, "top1": float},
            **_EFFORT}  # fmt: skip
 _ARM = {"plan": _PLAN, "cycles": [[int]], "runs": [{"seed": int, **_TOP1}], "top1_last": _STAT, "top1_best": _STAT,
         "stage_ends": [_STAT], "ensemble": ({"members": int, **_STAT}, None)}  # fmt: skip
 _DIFFERENCE = ({**_STAT, "against": str, "per_seed": {"*": float}, "note": (str, None)}, None)
 SHAPE = {
     "name": str, "config": {}, "environment": {}, "teachers": {"*": TEACHER}, "runs": [STUDENT], "arms": {"*": _ARM},
-    "data": {"name": str, "train_images": int, "test_images": int, "num_classes": int, "image_shape": [int]},
+    "data": {"name": str, "train_images": int, "test_images": int, "num_classes": int, "image_shape": [int],
+             "classes?": [str]},
     "student": {"model": str, "params": int, "macs": int}, "ensemble_members": int, "warnings": [str], "seconds": float,
     "gain": {"partial_to_whole": _DIFFERENCE, "reason": (str, None), "over_kd_standard": _DIFFERENCE},
 }  # fmt: skip
@@ -158,6 +165,11 @@ def _contradiction(summary: dict) -> str:
             return f"a run of '{arm}' has another number of stages than its plan"
     if any(not teacher["widths"] for teacher in summary["teachers"].values()):
         return "a teacher has no widths"
+    for counts in [of["classes"] for of in (*summary["runs"], *summary["teachers"].values()) if "classes" in of]:
+        if len(counts["images"]) != summary["data"]["num_classes"]:
+            return "a run counted another number of classes than its data have"
+        if fault := per_class.fault(counts):
+            return fault
     return ""
 
 

@@ -57,6 +57,23 @@ def outcome(state: State) -> State:
     return state
 
 
+def read(saved: dict) -> tuple[dict, dict]:
+    """(params, collections) that count, of a checkpoint's state as nested dicts."""
+    if mean := saved.get("average"):
+        return mean["params"], saved["collections"] | mean["collections"]
+    if found := _saved_schedule_free(saved["opt_state"]):
+        b1 = found["b1"]
+        return jax.tree.map(lambda y, z: (y - (1 - b1) * z) / b1, saved["params"], found["z"]), saved["collections"]
+    return saved["params"], saved["collections"]
+
+
+def _saved_schedule_free(tree: Any) -> dict | None:
+    if isinstance(tree, dict) and {*ScheduleFreeState._fields} <= {*tree}:
+        return tree
+    inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return next((found for x in inner if (found := _saved_schedule_free(x))), None)
+
+
 def _schedule_free(opt_state: optax.OptState) -> ScheduleFreeState | None:
     def known(x: Any) -> bool:
         return isinstance(x, ScheduleFreeState)

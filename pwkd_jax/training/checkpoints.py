@@ -23,15 +23,15 @@ from pwkd_jax.training import distributed, preemption
 
 
 class Checkpoints:
-    """The checkpoints of one run: the latest two, and those at the steps to `keep` (stage ends). Without a directory there are
-    none."""
+    """The checkpoints of one run: the latest two, those at the steps to `keep` (stage ends), and at the steps that `choose` was
+    told last. Without a directory there are none."""
 
     def __init__(self, directory: Path | None, keep: Sequence[int] = ()):
         self.steps: list[int] = []
         self._directory, self._manager, self._saving = directory, None, None
         if directory is None:
             return
-        self._keep = sorted(set(keep))
+        self._always, self._kept = set(keep), _At(set(keep))
         self._open()
 
     @preemption.unbroken()
@@ -40,10 +40,15 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         self._manager = ocp.training.Checkpointer(
             storage.absolute(self._directory),
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), policies.CustomSteps(self._keep)]),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), self._kept]),
             cleanup_tmp_directories=True,  # a save that a kill tore is a temporary directory, never a step
         )
         self.steps = distributed.decide(lambda: sorted(c.step for c in self._manager.checkpoints))
+
+    def choose(self, steps: set[int]) -> None:
+        """Keep those at `steps` too, in place of what was chosen before."""
+        if self._directory is not None:
+            self._kept.steps = self._always | steps
 
     def _put_unreadable_aside(self) -> None:
         """Of checkpoints whose metadata Orbax cannot read, for it would then list none of the others either."""
@@ -127,6 +132,16 @@ class Checkpoints:
         if self._manager is not None:
             self._wait()
             self._manager.close()
+
+
+class _At:
+    """Orbax's policy that keeps checkpoints at `steps`, which may change while it is in use."""
+
+    def __init__(self, steps: set[int]):
+        self.steps = steps
+
+    def should_preserve(self, checkpoints: Sequence, *, context: object) -> list[bool]:
+        return [found.step in self.steps for found in checkpoints]
 
 
 class Damaged(UserError):

@@ -26,6 +26,7 @@ from pwkd_jax.training import (
     optimizers,
     record,
     schedules,
+    selection,
     sharding,
     students_together,
 )
@@ -116,7 +117,7 @@ def programs(
 class Student:
     """A trained student. model, variables: what predicts, its own network unless its distiller has the last word on its logits.
     rows: what was logged. state: the last one, of several students stacked. snapshots: the states at stage ends that were
-    kept."""
+    kept. best: the state that was best on the task's validation images, of several students one for each; [] without."""
 
     model: Any
     variables: dict
@@ -124,6 +125,7 @@ class Student:
     rows: list[dict]
     state: State
     snapshots: list[State]
+    best: list[State] = dataclasses.field(default_factory=list)
 
     @property
     def network(self) -> Network:
@@ -195,6 +197,7 @@ def distil(
     sharding: str = "replicated",
     profiled: str = "",
     non_finite: str = "stop",
+    patience: int = 0,
     mix: data.Mixing | None = None,
     accumulate: int = 1,
     ema: float = 0.0,
@@ -211,9 +214,10 @@ def distil(
     mean}): after every step. directory: where checkpoints and metrics go, and where a stopped run goes on; nothing is kept
     without one. label: '' prints nothing. several: seeds together in one program, `seed` being theirs [students]; model and
     variables are then the first one's. non_finite: `stop` at a step whose loss or gradient is not finite, or `skip` and count
-    it. mix: mixup, CutMix, label smoothing. accumulate: parts of a batch that are learnt from in turn, see `accumulation`. ema:
-    decay of a mean of the weights that counts in their place, see `averaging`; 0 is off. compiled: of `programs`, to use again.
-    Raises UserError where something does not fit or is not finite.
+    it. patience: evaluations of the last stage without a better one on the task's validation images, after which training
+    ends; 0: never. mix: mixup, CutMix, label smoothing. accumulate: parts of a batch that are learnt from in turn, see
+    `accumulation`. ema: decay of a mean of the weights that counts in their place, see `averaging`; 0 is off. compiled: of
+    `programs`, to use again. Raises UserError where something does not fit or is not finite.
     """
     teacher = None if teacher is None else as_teacher(teacher)
     arguments.task(task)
@@ -269,7 +273,7 @@ def distil(
 
     def scores(state: State) -> dict[str, float]:
         found = task.scores(*judged(student, distillation, plan, teacher, state))
-        if found and averaging.averages(state):
+        if "top1" in found and averaging.averages(state):
             found["raw_top1"] = task.scores(*_judged(student, distillation, plan, teacher, state))["top1"]
         return found
 
@@ -284,6 +288,8 @@ def distil(
         return loop.Segment(stage.end, functools.partial(step, teacher=taught), enter, _stage(plan, number), single)
 
     segments = [segment(i, s) for i, s in enumerate(plan)]
+    chosen = [selection.KEY] if task.validator else []
+    chosen = [f"{key}_student{i}" for key in chosen for i in range(several.count)] if several else chosen
     state, directory = fresh(), directory and storage.path(directory, "directory")
     overview = parameter_overview.get_parameter_overview(state.params)
     if directory and not compiled and not several:
@@ -301,12 +307,16 @@ def distil(
     state, rows = loop.run(
         directory, label, state, segments, here.batches(size, order), evaluate,
         cadence or loop.usual(ends[-1], -(-images // size)), images=images, batch_size=size, texts={"parameters": overview},
-        keep=ends, profiled=profiled, callback=callback, held=functools.partial(here.held, size, order),
+        keep=ends, profiled=profiled, callback=callback, held=functools.partial(here.held, size, order), chosen=chosen,
+        patience=patience,
     )  # fmt: skip
+    ends[-1] = int(state.step)  # earlier than planned, where patience ended
     kept = loop.snapshots(directory, state, ends) if directory and len(ends) > 1 else [state]
+    bests = [selection.best(rows, key) for key in chosen] if directory else []
+    best = loop.snapshots(directory, state, bests) if bests else []
     own = task.place(students_together.member(state, 0)) if several else state
     model, variables = judged(student, distillation, plan, teacher, own)
-    found = Student(model, variables, task.card(precision.plain(student), {"steps": ends[-1]}), rows, state, kept)
+    found = Student(model, variables, task.card(precision.plain(student), {"steps": ends[-1]}), rows, state, kept, best)
     if directory and not compiled and not isinstance(model, students.Assisted):
         found.save(directory / weights.STUDENT)
     return found

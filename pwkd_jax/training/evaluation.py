@@ -1,5 +1,6 @@
 """Evaluation on a whole split, every image counted exactly once: while training, with the ensemble of snapshots, and after."""
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +19,9 @@ from pwkd_jax.weights import Network
 class Evaluator:
     """Scores models on one split; one compilation for each model, whatever the arm, seed or epoch.
 
-    normalise: uint8 images [B, H, W, C] -> float32. `score(model, variables, batch)` is the compiled program of a batch of
-    `batch_size` images, the size asked for rounded up to whole devices.
+    normalise: uint8 images [B, H, W, C] -> float32. `score(model, variables, batch)` -> (metrics, int32 [2, B]: each image's
+    class, -1 of padding, and the one it is taken for) is the compiled program of a batch of `batch_size` images, the size asked
+    for rounded up to whole devices.
     """
 
     def __init__(self, mesh, split: data.Split, batch_size: int, normalise: Callable):
@@ -32,12 +34,19 @@ class Evaluator:
         def score(model, variables, batch):
             z = logits(model, variables, batch)
             values = {"top1": metrics.top1(z, batch["label"]), "loss": slimmable.cross_entropy(z, batch["label"])}
-            return metrics.collect(values, batch["mask"])
+            classes = jnp.where(batch["mask"] > 0, batch["label"], -1), jnp.argmax(z, axis=-1)
+            return metrics.collect(values, batch["mask"]), jnp.stack(classes).astype(jnp.int32)
 
         # Replicated, so that every process can read them.
         whole = {"static_argnums": 0, "out_shardings": sharding.replicated(mesh)}
         self.score = jax.jit(score, **whole)
         self._softmax = jax.jit(lambda *args: jax.nn.softmax(logits(*args)), **whole)
+
+    def on(self, split: data.Split) -> "Evaluator":
+        """The same on another split, with the same compiled programs."""
+        other = copy.copy(self)
+        other._split = split
+        return other
 
     def _batches(self):
         for batch in data.eval_batches(self._split, self.batch_size, jax.process_index(), jax.process_count()):
@@ -46,7 +55,13 @@ class Evaluator:
 
     def __call__(self, model, variables: dict) -> dict[str, float]:
         """{"top1": percent, "loss": mean cross entropy} of a model and its {"params", "batch_stats"}."""
-        return metrics.mean(self.score(model, variables, batch) for batch in self._batches())
+        return metrics.mean(self.score(model, variables, batch)[0] for batch in self._batches())
+
+    def predictions(self, model, variables: dict) -> tuple[np.ndarray, np.ndarray]:
+        """(true classes, classes they are taken for), int [N]: by the program that scores, so that nothing more is compiled."""
+        found = [self.score(model, variables, batch)[1] for batch in self._batches()]
+        labels, predicted = np.concatenate([np.asarray(batch) for batch in found], axis=1)
+        return labels[labels >= 0], predicted[labels >= 0]
 
     def ensemble_top1(self, snapshots: Sequence[tuple]) -> list[float]:
         """Top-1 in percent of the mean softmax of the last 1, 2, ... of `snapshots`: (model, variables), oldest first.
@@ -72,11 +87,12 @@ def predictor(network: Network) -> tuple[Callable[[np.ndarray], jax.Array], int]
 
 def score_predictions(
     log_probabilities: Callable, split: data.Split, *, teacher: Callable | None = None, batch_size: int = 256, devices: int = 1,
-    names: tuple[str, str] = ("the network", "its teacher"),
+    names: tuple[str, str] = ("the network", "its teacher"), classes: bool = False,
 ) -> dict:  # fmt: skip
     """{"images", "images_per_second", the keys of `scores.summary`} of a predictor on a split, and beside a teacher's with
-    "teacher": its own scores. Several processes share the images, call it all, and have the same result. Raises UserError, by
-    `names`, for one that gives no numbers."""
+    "teacher": its own scores. Several processes share the images, call it all, and have the same result. classes: also
+    "labels" and "predicted", and the teacher's "predicted": int [N], the class of each image and the one it is taken for.
+    Raises UserError, by `names`, for one that gives no numbers."""
     found, labels, rate = _predict(log_probabilities, split, batch_size, devices)
     beside = _predict(teacher, split, batch_size, devices)[0] if teacher else None
     for who, predicted in zip(names, (found, beside), strict=True):
@@ -84,7 +100,13 @@ def score_predictions(
             raise UserError(f"{who}: gives no number for {bad} of {len(labels)} images; its weights are not finite")
     own = scores.summary(scores.per_image(found, labels, beside))
     result = {"images": len(labels), "images_per_second": rate, **own}
-    return result | ({"teacher": scores.summary(scores.per_image(beside, labels))} if teacher else {})
+    if teacher:
+        result["teacher"] = scores.summary(scores.per_image(beside, labels))
+    if classes:
+        result |= {"labels": labels, "predicted": found.argmax(axis=1)}
+        if teacher:
+            result["teacher"]["predicted"] = beside.argmax(axis=1)
+    return result
 
 
 def _predict(log_probabilities: Callable, split, batch_size: int, devices: int) -> tuple[np.ndarray, np.ndarray, float]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from pwkd_jax.training import distributed, preemption, profile
+from pwkd_jax.training import distributed, preemption, profile, selection
 from pwkd_jax.training.checkpoints import Checkpoints
 from pwkd_jax.training.metrics import Running, means
 from pwkd_jax.training.non_finite import Watch
@@ -26,10 +26,11 @@ def fit(
 ) -> State:
     """Train to global step `until`: state, metrics = step(state, pipeline(n)), then every hook(n + 1, state, metrics).
 
-    Hooks run in the order given, before the next batch is taken: log and evaluate first, save last, so that a
-    checkpoint never stands without the metrics that led to it. A pipeline with `most` gives up to so many batches at
-    once, pipeline(n, count), to one call of `step`; hooks run after such a chunk, and one ends at every step that is due.
-    single(n): the step function of step n in place of `step`, where the pipeline gives one batch at a time.
+    A hook that returns True has training end there. Hooks run in the order given, before the next batch is taken: log and
+    evaluate first, save last, so that a checkpoint never stands without the metrics that led to it. A pipeline with `most`
+    gives up to so many batches at once, pipeline(n, count), to one call of `step`; hooks run after such a chunk, and one ends
+    at every step that is due. single(n): the step function of step n in place of `step`, where the pipeline gives one batch at
+    a time.
     """
     at, most = int(state.step), getattr(pipeline, "most", 1)
     while at < until:
@@ -39,8 +40,9 @@ def fit(
         now = single(at) if single and most == 1 else step
         state, metrics = now(state, pipeline(at) if count == 1 else pipeline(at, count))
         at += count
-        for hook in hooks:
-            hook(at, state, metrics)
+        ended = [hook(at, state, metrics) for hook in hooks]
+        if any(ended):
+            break
     return state
 
 
@@ -86,15 +88,18 @@ def run(
     profiled: str = "",
     callback: Callable[[int, State, dict[str, jax.Array]], None] | None = None,
     held: Callable[[int], Sequence | None] = lambda step: None,
+    chosen: Sequence[str] = (),
+    patience: int = 0,
 ) -> tuple[State, list[dict]]:
     """Train `state` through all segments in `directory`, from its latest checkpoint if it has one; without one nothing is kept.
 
     Evaluates and saves at the end of every segment besides the cadence. images: in one epoch. texts: written once. profiled:
     see `profile.parse`. callback(step, state, {name: mean over the step's images}): after every dispatch, before anything is
-    saved. held(step): what images the batch of a step holds, for the error where its loss is not finite. Returns the final
-    state and the rows of metrics.jsonl: {"step", "epoch", "seconds", "train_loss", ..., "images_per_second"}, and what
-    `evaluate` returned where it ran. Raises UserError when the loss or a parameter is not finite (see `non_finite`), and
-    Preempted once it has saved what a resumed run needs to write the same rows as an unbroken one.
+    saved. held(step): what images the batch of a step holds, for the error where its loss is not finite. chosen: keys of rows,
+    of each of which the best checkpoint is kept. patience: see `selection.over`, of the last segment. Returns the final state
+    and the rows of metrics.jsonl: {"step", "epoch", "seconds", "train_loss", ..., "images_per_second"}, and what `evaluate`
+    returned where it ran. Raises UserError when the loss or a parameter is not finite (see `non_finite`), and Preempted once it
+    has saved what a resumed run needs to write the same rows as an unbroken one.
     """
     ends = [s.end for s in segments]
     checkpoints = Checkpoints(directory and directory / "checkpoints", keep=[*keep, ends[-1]])
@@ -112,6 +117,10 @@ def run(
     writer = Writer(directory, begin - owed, cadence.tensorboard, cadence.tracker)
     if not begin:
         writer.write_texts(0, texts)
+    last_stage = ends[-2] if len(ends) > 1 else 0
+    best = {selection.best(writer.rows, key) for key in chosen} - {None}
+    checkpoints.choose(best)
+    over = selection.over(writer.rows, chosen, patience, last_stage)
     progress = Progress(label, ends[-1], begin)
     running, clock = Running(), _Clock(begin)
     watch = Watch(directory, label, held, lambda at: next((s.name for s in segments if at <= s.end), ""))
@@ -150,6 +159,11 @@ def run(
                 raise
         row["seconds"] = clock.lap(at)
         writer.write_scalars(at, row)
+        if evaluating and chosen:
+            nonlocal best, over
+            best = {selection.best(writer.rows, key) for key in chosen} - {None}
+            checkpoints.choose(best)
+            over = selection.over(writer.rows, chosen, patience, last_stage)
         note = f"loss {found['train_loss']:.3f}"
         progress.update(at, note + "".join(f", {k} {v:.2f}" for k, v in row.items() if k.startswith("top1")))
 
@@ -158,7 +172,7 @@ def run(
             callback(at, state, means(metrics))
 
     def save(at: int, state: State, metrics) -> None:
-        if at % cadence.save == 0 or at in ends:
+        if at % cadence.save == 0 or at in ends or at in best or over:
             writer.flush()
             checkpoints.save(at, state)
         elif watch.near(at):
@@ -166,12 +180,13 @@ def run(
             if watch.ahead(at):
                 checkpoints.save(at, state, unwritten(at, False))
 
-    def stop(at: int, state: State, metrics) -> None:
+    def stop(at: int, state: State, metrics) -> bool:
         if preemption.reached():
             watch.params(at, state.params)
             writer.flush()
             checkpoints.save(at, state, unwritten(at, False))
             raise preemption.Preempted
+        return over
 
     try:
         if owed:
@@ -179,7 +194,7 @@ def run(
         trace.begin(begin)
         start = 0
         for segment in segments:
-            if begin < segment.end:
+            if begin < segment.end and not over:
                 if int(state.step) == start:
                     state = segment.enter(state)
                 state = fit(state, segment.step, pipeline, segment.end, (trace, record, told, save, stop),
@@ -195,7 +210,8 @@ def run(
         checkpoints.close()
     last = writer.rows[-1]
     scores = ", ".join(f"{k} {v:.2f}" for k, v in last.items() if k.startswith("top1") and "train" not in k)
-    progress.close(f"{ends[-1]} steps, {sum(r['seconds'] for r in writer.rows):.1f} s, {scores}")
+    early = f" of {ends[-1]}, the last {patience} evaluations without a better one" if over and last["step"] < ends[-1] else ""
+    progress.close(f"{last['step']} steps{early}, {sum(r['seconds'] for r in writer.rows):.1f} s, {scores}")
     return state, writer.rows
 
 

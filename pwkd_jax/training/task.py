@@ -21,7 +21,7 @@ class Task:
     """Made by `task`. train, test: splits, see `data.as_split`; test may be None. mean, std: per channel, of pixels in [0, 1].
     augment(key, images) -> images of the same kind, in training alone. classes: their names, () without. labels: whether
     batches carry the labels of the whole training set, which is in RAM. on_device, steps_per_dispatch: the config's keys of
-    these names.
+    these names. validator: of images that are neither trained on nor tested by, to choose by them; None without any.
     """
 
     train: Any
@@ -36,6 +36,7 @@ class Task:
     classes: tuple[str, ...] = ()
     on_device: str = "auto"
     steps_per_dispatch: int = 0
+    validator: Evaluator | None = None
 
     def __repr__(self) -> str:
         tests = "no test images" if self.test is None else f"{len(self.test)} test images"
@@ -93,11 +94,11 @@ class Task:
         return card | {"classes": list(self.classes)}
 
     def scores(self, model: Any, variables: dict) -> dict[str, float]:
-        """{"top1": percent, "test_loss": mean cross entropy} on the test images; {} where there are none."""
-        if self.evaluator is None:
-            return {}
-        found = self.evaluator(model, variables)
-        return {"top1": found["top1"], "test_loss": found["loss"]}
+        """{"top1": percent, "test_loss": mean cross entropy} on the test images, and {"validation_top1"} on the validation
+        images; without what there is none of."""
+        found = self.evaluator(model, variables) if self.evaluator else {}
+        chosen = {"validation_top1": self.validator(model, variables)["top1"]} if self.validator else {}
+        return ({"top1": found["top1"], "test_loss": found["loss"]} if found else {}) | chosen
 
 
 def _refuse_odd_images(train: Any, mean: Sequence[float]) -> None:
@@ -128,27 +129,31 @@ def task(
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     evaluation_batch_size: int = 512,
+    validation: Any = None,
 ) -> Task:
     """A `Task` of data as they come: (images, labels) arrays, any iterable of batches, or what `data.load` gives.
 
     num_classes: the labels' largest plus one where it is 0. mean, std: per channel, of pixels in [0, 1]; where they are not
     given, uint8 images in RAM are measured and float images stay as they are. augment(key, images): of training batches inside
     the step, such as functools.partial(pwkd_jax.augment, crop_padding=4, flip=True). mesh: of devices, all of them by default.
-    Raises UserError for data that are not what they should be.
+    validation: images to choose by, see `selection`; of a `Dataset` its own by default. Raises UserError for data that are not
+    what they should be.
     """
     names = train.classes if isinstance(train, data.Dataset) else ()
     if isinstance(train, data.Dataset):
+        validation = train.validation if validation is None else validation
         train, test, num_classes = train.train, train.test if test is None else test, num_classes or train.num_classes
-    train, test = data.as_split(train), None if test is None else data.as_split(test)
-    if test is not None and tuple(test.image_shape) != tuple(train.image_shape):
-        raise UserError(f"test images are {list(test.image_shape)}, and training images {list(train.image_shape)}")
+    train, test, validation = (None if split is None else data.as_split(split) for split in (train, test, validation))
+    for name, split in (("test", test), ("validation", validation)):
+        if split is not None and tuple(split.image_shape) != tuple(train.image_shape):
+            raise UserError(f"{name} images are {list(split.image_shape)}, and training images {list(train.image_shape)}")
     in_memory = isinstance(train, data.Split)
     _refuse_odd_images(train, mean)
     if not num_classes:
         if not in_memory:
             raise UserError("num_classes: an iterable of batches does not tell how many classes there are; give num_classes")
         num_classes = int(np.max(train.labels)) + 1
-    for split in (train, test):
+    for split in (train, test, validation):
         if isinstance(split, data.Batches):
             split.num_classes = num_classes
         if isinstance(split, data.Split) and len(split) and int(split.labels.max()) >= num_classes:
@@ -169,9 +174,12 @@ def task(
     if np.shape(mean) != (channels,) or np.shape(std) != (channels,) or not all(s > 0 for s in std):
         raise UserError(f"mean and std: should have {channels} numbers each, one a channel, and those of std above 0")
     mesh = mesh or sharding.make_mesh()
-    evaluator = None
-    if test is not None:
-        evaluator = Evaluator(mesh, test, evaluation_batch_size, functools.partial(data.normalise, mean=mean, std=std))
+    normalise = functools.partial(data.normalise, mean=mean, std=std)
+    evaluator = Evaluator(mesh, test, evaluation_batch_size, normalise) if test is not None else None
+    validator = Evaluator(mesh, validation, evaluation_batch_size, normalise) if validation is not None else None
+    if evaluator and validator:
+        validator = evaluator.on(validation)  # with the same compiled programs
     return Task(
-        train, test, num_classes, tuple(mean), tuple(std), augment, mesh, evaluator, labels=in_memory, classes=tuple(names)
+        train, test, num_classes, tuple(mean), tuple(std), augment, mesh, evaluator, labels=in_memory, classes=tuple(names),
+        validator=validator,
     )  # fmt: skip

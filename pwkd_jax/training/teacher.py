@@ -30,6 +30,7 @@ from pwkd_jax.training import (
     sharding,
 )
 from pwkd_jax.training import state as states
+from pwkd_jax.training.evaluation import Evaluator
 from pwkd_jax.training.non_finite import skipping
 from pwkd_jax.training.sandwich import sandwich_loss
 from pwkd_jax.training.sharding import place
@@ -162,6 +163,8 @@ class Teacher:
         """Write width_W.safetensors for every width, and their cards, into a folder. Raises UserError, OSError."""
         if Path(directory).suffix == ".safetensors":
             raise UserError(f"{directory}: a teacher is saved as a folder, of one file a width; give a folder's name")
+        if any("ensemble" in card for card in self.cards.values()):
+            raise UserError(f"{directory}: several teachers combined are not saved as one; save each of them")
         fetched = {w: distributed.fetch(v) for w, v in self.variables.items()}
         if distributed.primary():
             found = {w: Network(self.net.members[w], v, self.cards[w]) for w, v in fetched.items()}
@@ -267,15 +270,17 @@ def train_teacher(
         found = freeze(net, state.params, state.collections)
         return place(task.mesh, calibrate(found) if calibrate else found, frozen_sharding)
 
-    def scores(state: State) -> dict[str, float]:
-        return {slimmable.width_key(w): task.evaluator(net.members[w], v)["top1"] for w, v in frozen(state).items()}
-
     def evaluate(state: State) -> dict[str, float]:
-        if task.evaluator is None:
+        if not (task.evaluator or task.validator):
             return {}
-        raw = scores(state) if averaging.averages(state) else {}
-        found = {f"top1_{width}": score for width, score in scores(averaging.outcome(state)).items()}
-        return found | {f"raw_top1_{width}": score for width, score in raw.items()}
+        judged = frozen(averaging.outcome(state))
+        found = scores(task.evaluator, "top1", judged) | scores(task.validator, "validation_top1", judged)
+        return found | (scores(task.evaluator, "raw_top1", frozen(state)) if averaging.averages(state) else {})
+
+    def scores(evaluator: Evaluator | None, name: str, judged: dict[float, dict]) -> dict[str, float]:
+        if evaluator is None:
+            return {}
+        return {f"{name}_{slimmable.width_key(w)}": evaluator(net.members[w], v)["top1"] for w, v in judged.items()}
 
     directory = directory and storage.path(directory, "directory")
     state = create(seed, start)
