@@ -4,12 +4,15 @@
     python -m pwkd_jax.evaluate resnet32x4.safetensors --data cifar100 --data-dir /my/tfds
     python -m pwkd_jax.evaluate exported/model.stablehlo --data digits --json
     python -m pwkd_jax.evaluate resnet50.safetensors --data folder --data-dir /my/photos --split validation
+    python -m pwkd_jax.evaluate runs/mine/students/pwkd/seed0 --per-class --confusion=confusion.csv
 
 Images of many sizes are streamed: shorter side to --resize pixels, then the central --image-size. On several machines the same
 command runs on each, they share the images, and the first one prints; who is who is said as for `train`.
 
 Prints top-1, top-5, negative log-likelihood, calibration error, images a second and, with --teacher, agreement (how often both
-choose one class) and divergence, the mean KL(teacher || student). Exits with code 2 and one sentence on a mistake.
+choose one class) and divergence, the mean KL(teacher || student). --per-class adds, for each class, images,
+top-1 (recall), precision, the other class that it is most often taken for, and the teacher's top-1. Exits with code 2 and one
+sentence on a mistake.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from absl import logging
 
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment.scoring import KINDS, evaluate
+from pwkd_jax.reporting import per_class
 from pwkd_jax.training import distributed, scores
 
 
@@ -41,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=-1, help="processes that decode streamed images; -1: one a core")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--model", default="", help="module:Name, where a file's model is your own")
+    parser.add_argument("--per-class", action="store_true", help="the classes one by one; of many the worst and the best, with "
+                        "--json all of them")  # fmt: skip
+    parser.add_argument("--confusion", default="", metavar="FILE.csv", help="write how many images of each class (rows) are "
+                        "taken for each (columns)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     logging.set_verbosity(logging.ERROR)  # TFDS and Orbax warn of things that a user here cannot act on
     try:
@@ -54,18 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     print(json.dumps(result, indent=2) if options.json else text(result))
     return 0
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def text(result: dict) -> str:
@@ -83,7 +79,12 @@ def text(result: dict) -> str:
         ]
     rows.append(("images a second", f"{result['images_per_second']:,.0f}", "after the first batch"))
     lines = [f"{result['target']}: {result['model']}", f"{result['data']}, {result['split']}: {result['images']} images"]
-    return "\n".join(lines + [f"  {name:<18}{value:>14}  {note}".rstrip() for name, value, note in rows])
+    lines += [f"  {name:<18}{value:>14}  {note}".rstrip() for name, value, note in rows]
+    if "confusion" in result:
+        lines.append(f"confusion matrix: {result['confusion']}")
+    if "classes" in result:
+        lines += ["", per_class.table(result["classes"])]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ MOST = 1e30
 
 
 # Lists that hold names; all others hold numbers.
-NAMES = ("arms", "student.reset", "student.teachers")
+NAMES = ("arms", "student.reset", "student.teachers", "teacher.freeze",
+         "student.freeze")
 
 
 def check_kinds(config: ConfigDict) -> None:
@@ -105,6 +106,9 @@ def check(config: ConfigDict) -> None:
         need(key, len({f"{w:g}" for w in (*widths, *t.widths)}) == len({*widths, *t.widths}) and len({*widths}) == len(widths),
              "different widths in (0, 1], which differ in six digits")  # fmt: skip
     need("teacher.widths", bool(t.widths), "at least one width")
+    slimmable_teaches = any(arm not in ("alone", "kd_standard") for arm in c.arms)
+    need("teacher.freeze", not (t.freeze and slimmable_teaches),
+         "() where an arm is taught by the slimmable teacher, whose narrow widths are still to be trained")  # fmt: skip
     one_of("teacher.order", ("bn_scale", "l1", "none"))
     one_of("teacher.execution", ("take", "mask"))
     one_of("teacher.sampling", ("all", "sandwich"))
@@ -162,6 +166,7 @@ def check(config: ConfigDict) -> None:
         need(f"{who}.optimizer.name", o.name in optimizers.NAMES or ":" in o.name,
              "one of " + ", ".join(optimizers.NAMES) + ", or module:function of an optax optimiser")  # fmt: skip
         one_of(f"{who}.head", ("keep", "new"))
+        need(f"{who}.freeze", not g.freeze or g.weights, f"() unless {who}.weights are given")
         need(f"{who}.head", g.head == "keep" or g.weights, f"keep unless {who}.weights are given")
         one_of(f"{who}.optimizer.decay", ("all", "kernels"))
         need(f"{who}.optimizer.momentum", 0 <= o.momentum < 1, "in [0, 1)")

@@ -86,6 +86,7 @@ def default() -> ConfigDict:
         "model": "resnet20",  # see models.create; or module:Name
         "weights": "",  # a .safetensors of convert or export: where training starts; kd_standard's teacher as it is
         "head": "keep",  # of those weights; new: a classifier begun anew, for other classes; kd_standard's is then trained too
+        "freeze": (),  # parts of an ordinary teacher that stay as the weights have them, as stem_*,stage1_*; or trunk
         "run": "",  # the workdir of another experiment whose finished teachers teach here too, instead of ones trained anew
         "order": "bn_scale",  # of its channels, the most important first, by bn_scale or l1; or none
         "widths": (0.25, 0.5, 0.75, 1.0),  # the sub-networks
@@ -118,6 +119,7 @@ def default() -> ConfigDict:
         "model": "resnet8",
         "weights": "",  # a .safetensors to start from
         "head": "keep",  # as the teacher's
+        "freeze": (),  # parts that stay as the weights have them, as stem_*,stage1_*; or trunk: all but the classifier
         "width": 1.0,
         "teachers": (),  # workdirs whose finished teachers teach beside this one's: at each width the mean of all logits
         "teacher_shares": (),  # of that mean, this experiment's own first; (): equal

@@ -27,6 +27,7 @@ class Experiment:
     """The data, networks and schedules of a config.
 
     facts: of the data, see `data_facts`. teachers: those that are trained; fellows: {name: others that teach beside one}.
+    fixed: {"standard", "student"}: parts that are not trained.
     start: the variables given to start from, if any: {"slimmable" (channels in order), "standard", "student"}.
     """
 
@@ -38,6 +39,7 @@ class Experiment:
     start: dict[str, dict]
     dataset: data.Dataset
     fellows: dict[str, Fellows] = dataclasses.field(default_factory=dict)
+    fixed: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def teaching(self, name: str) -> slimmable.Slimmable | None:
         """The networks that teach as `name`, slimmable or standard: the trained one's, or with its fellows'."""
@@ -285,7 +287,9 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh, dataset: data.Dataset) ->
     )  # fmt: skip
     taught_by = {stage.teacher for arm in c.arms for stage in plan(c, facts, arm)} & {*nets} if c.student.teachers else ()
     fellows = {name: fellow_teachers.find(c, facts, name, nets[name]) for name in sorted(taught_by)}
-    experiment = Experiment(config, task, facts, nets, pupil, start, dataset, fellows)
+    fixed = {"standard": starting.fixed(c, facts, "teacher", nets["standard"].members[1.0]),
+             "student": starting.fixed(c, facts, "student", pupil)}  # fmt: skip
+    experiment = Experiment(config, task, facts, nets, pupil, start, dataset, fellows, fixed)
     experiment.several(c.seeds)
     # A schedule that cannot be is a mistake before anything is compiled or written, like a network that does not fit.
     total = schedules.steps(c.teacher.duration, "teacher.duration", batch_size=c.teacher.batch_size, images=len(dataset.train))

@@ -26,6 +26,7 @@ def teacher_arguments(experiment: Experiment, name: str) -> dict:
     rule = experiment.rule("teacher", [(0, total)])
     return {"rule": rule, "sharding_how": c.sharding, "start": experiment.start.get(name), "reduction": c.reduction,
             "subnetworks": c.subnetworks, "skip": experiment.skips, "accumulate": c.accumulate, "ema": c.ema,
+            "fixed": experiment.fixed.get(name, ()),
             "mix": mixing(experiment.config, "teacher", experiment.task.num_classes), **sandwich}  # fmt: skip
 
 
@@ -50,6 +51,7 @@ def student_steps(
         data_seed=experiment.config.seed if c.batches == "shared" else None, several=several, sharding_how=c.sharding,
         start=experiment.start.get("student"), skip=experiment.skips,
         mix=mixing(experiment.config, "student", experiment.task.num_classes), accumulate=c.accumulate, ema=c.ema,
+        fixed=experiment.fixed["student"],
     )  # fmt: skip
 
 

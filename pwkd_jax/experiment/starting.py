@@ -13,6 +13,7 @@ from pwkd_jax import models, slimmable, storage, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment.naming import naming
 from pwkd_jax.models import channel_order, precision
+from pwkd_jax.training import freezing
 
 Path = tuple[str, ...]  # of an array in the variables
 
@@ -84,6 +85,16 @@ def _with(variables: dict, like: dict, head: dict[Path, np.ndarray]) -> dict:
 def _beside(path: Path, head: dict[Path, np.ndarray]) -> bool:
     """Whether an array lies in a layer of the classifier, such as a bias that the new one has not."""
     return any(path[:-1] == other[:-1] for other in head)
+
+
+def fixed(config: ConfigDict, facts: dict, who: str, model: nn.Module) -> tuple[str, ...]:
+    """The parts that `who`.freeze names, for `training.freezing`; trunk: all but the classifier. Raises UserError."""
+    c, like = config[who], models.abstract(model, tuple(facts["image_shape"]))
+    head = _head(c, facts, model) if "trunk" in c.freeze else set()
+    trunk = ["/".join(path[1:]) for path in flatten_dict(like) if path[0] == "params" and path not in head]
+    norms = ["/".join(path[1:-1]) for path in flatten_dict(like) if path[0] == "batch_stats"]
+    freezing.check(f"{who}.freeze", [name for name in c.freeze if name != "trunk"], like)
+    return tuple(part for name in c.freeze for part in (dict.fromkeys([*trunk, *norms]) if name == "trunk" else [name]))
 
 
 def ordered(teacher: ConfigDict, net: slimmable.Slimmable, whole: dict, shape: tuple[int, ...]) -> dict:

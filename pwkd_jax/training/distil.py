@@ -22,6 +22,7 @@ from pwkd_jax.training import (
     averaging,
     dispatch,
     distributed,
+    freezing,
     loop,
     optimizers,
     record,
@@ -81,6 +82,7 @@ def programs(
     mix: data.Mixing | None = None,
     accumulate: int = 1,
     ema: float = 0.0,
+    fixed: Sequence[str] = (),
 ) -> tuple[Callable, dict[tuple[float, ...], Callable]]:
     """(creator of the first state from (seed, variables to start from or None), {widths: compiled step(state, batch, teacher)})
     for all seeds and stages of a plan. members: {width: model} of the teacher. The rest as `student.make_step` has it; several:
@@ -102,6 +104,7 @@ def programs(
         step = students.make_step(
             student, members, widths, distillation, plan, *rule, task.preprocess, images=len(task.train), same_crop=same_crop,
             data_seed=data_seed, several=several, own=metrics, mix=mix, accumulate=accumulate,
+            fixed=fixed,
         )  # fmt: skip
         step = averaging.averaging(step, ema) if ema else step
         step = skipping(step) if skip else step
@@ -201,6 +204,7 @@ def distil(
     mix: data.Mixing | None = None,
     accumulate: int = 1,
     ema: float = 0.0,
+    fixed: Sequence[str] = (),
     compiled: tuple[Callable, dict] | None = None,
 ) -> Student:
     """Teach `student`, stage by stage as the plan says, with any distiller; without a teacher, by the labels alone.
@@ -216,8 +220,9 @@ def distil(
     variables are then the first one's. non_finite: `stop` at a step whose loss or gradient is not finite, or `skip` and count
     it. patience: evaluations of the last stage without a better one on the task's validation images, after which training
     ends; 0: never. mix: mixup, CutMix, label smoothing. accumulate: parts of a batch that are learnt from in turn, see
-    `accumulation`. ema: decay of a mean of the weights that counts in their place, see `averaging`; 0 is off. compiled: of
-    `programs`, to use again. Raises UserError where something does not fit or is not finite.
+    `accumulation`. ema: decay of a mean of the weights that counts in their place, see `averaging`; 0 is off. fixed: parts
+    of the student that stay as `start` has them, see `freezing`. compiled: of `programs`, to use again. Raises UserError where
+    something does not fit or is not finite.
     """
     teacher = None if teacher is None else as_teacher(teacher)
     arguments.task(task)
@@ -238,6 +243,7 @@ def distil(
     if not compiled and not several:
         arguments.seed(seed)
         contract.check(student, task.image_shape, "student.model", task.num_classes)
+        freezing.check("fixed", fixed, models.abstract(student, task.image_shape))
         if teacher:
             _refuse_unlike(teacher, task)
     if teacher is None and any(s.widths for s in plan):
@@ -252,7 +258,7 @@ def distil(
     create, stepping = compiled or programs(
         student, teacher.net.members if teacher else {}, plan, distillation, task, rule, same_crop=same_crop,
         data_seed=data_seed, several=several, sharding_how=sharding, start=start, metrics=arguments.own_metrics(metrics),
-        skip=non_finite == "skip", mix=mix, accumulate=accumulate, ema=ema,
+        skip=non_finite == "skip", mix=mix, accumulate=accumulate, ema=ema, fixed=fixed,
     )  # fmt: skip
     init = jax.vmap(rule.direction.init) if several else rule.direction.init
     seed = np.asarray(seed, np.uint32) if several else seed
@@ -300,7 +306,7 @@ def distil(
             "optimizer": str(jax.tree.structure(state.opt_state)), "learning rate": record.schedule(rule.schedule, ends[-1]),
             "start": None if start is None else record.digest(start), "same crop": same_crop, "reset": list(reset),
             "connectors": connectors, **({"mix": repr(mix)} if mix else {}), **({"ema": ema} if ema else {}),
-            **({"accumulate": accumulate} if accumulate > 1 else {}),
+            **({"accumulate": accumulate} if accumulate > 1 else {}), **({"fixed": list(fixed)} if fixed else {}),
         })  # fmt: skip
     if directory:
         distributed.write(directory / "parameters.txt", overview + "\n")

@@ -14,7 +14,7 @@ from pwkd_jax import models, slimmable
 from pwkd_jax.data import Mixing
 from pwkd_jax.distillers import Distillation, Progress
 from pwkd_jax.stages import Stage, place
-from pwkd_jax.training import accumulation, averaging, metrics
+from pwkd_jax.training import accumulation, averaging, freezing, metrics
 from pwkd_jax.training.state import State, apply_gradients, create, rng
 from pwkd_jax.training.students_together import Several
 
@@ -66,6 +66,7 @@ def make_step(
     own: Callable | None = None,
     mix: Mixing | None = None,
     accumulate: int = 1,
+    fixed: Sequence[str] = (),
 ) -> Callable:
     """step(state, batch, teacher) -> (state, metrics) for the stages that `widths` teach; no widths is no teacher.
 
@@ -75,6 +76,7 @@ def make_step(
     of the state's own. several: the state is that of several students, see `students_together`. own(outputs, labels) -> {name:
     per-image values [B]}: metrics besides ours. mix: what becomes of images and labels; the teacher sees the same ones, unless
     it has crops of its own. accumulate: parts of a batch, see `accumulation`; the teacher sees one at a time too.
+    fixed: parts of the student that stay as they are, see `freezing`.
     """
     locate = place(plan)
 
@@ -102,7 +104,9 @@ def make_step(
                 taught = look(rows["teacher"]) if whole is None else whole
                 batch = {name: value for name, value in (rest | rows).items() if name != "teacher"}
                 key = keys[1] if models.draws(model, inputs.shape[1:]) else None
-                out, kept = models.forward(model, read(params, collections), batch["image"], train=True, key=key)
+                own_params = params | {"student": freezing.stopped(params["student"], fixed)}
+                with freezing.as_predicting(fixed):
+                    out, kept = models.forward(model, read(own_params, collections), batch["image"], train=True, key=key)
                 seen = {"train_top1": metrics.top1(out.logits, batch["label"])} | (own(out, batch["label"]) if own else {})
                 if width is None:
                     loss = jnp.mean(slimmable.cross_entropy(out.logits, batch.get("target", batch["label"])))
@@ -121,6 +125,9 @@ def make_step(
                 state, used = apply_gradients(state, grads, collections, tx, schedule)
                 if distillation is not None:
                     state = state.replace(params=_hold(before, state.params, grads))
+                if fixed:
+                    student = freezing.kept(before["student"], state.params["student"], fixed)
+                    state = state.replace(params=state.params | {"student": student})
                 return state, {"train_loss": loss, **used, **values}
 
             return (several.each(learn) if several else learn)(state)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -22,6 +22,7 @@ from pwkd_jax.training import (
     device_gradients,
     dispatch,
     distributed,
+    freezing,
     loop,
     metrics,
     optimizers,
@@ -41,17 +42,20 @@ from pwkd_jax.weights import Network
 
 def make_step(
     net: Slimmable, tx: optax.GradientTransformation, schedule: Callable | None, preprocess: Callable,
-    mesh: jax.sharding.Mesh | None = None, mix: data.Mixing | None = None, accumulate: int = 1, **sandwich
+    mesh: jax.sharding.Mesh | None = None, mix: data.Mixing | None = None, accumulate: int = 1,
+    fixed: Sequence[str] = (), **sandwich
 ) -> Callable:
     """step(state, batch) -> (state, metrics): one optimiser update from the gradients of all sub-networks together.
 
     preprocess(key, uint8 images) -> float images, augmented. sandwich: the keywords of `sandwich.sandwich_loss`. mesh: that of
     the state's arrays where each device along `data` has the parameters whole; the step then communicates less.
     mix: what becomes of images and labels after that. accumulate: parts of a batch, see `accumulation`.
+    fixed: parts of the network that stay as they are, see `freezing`.
     """
 
     def loss_fn(params, statistics, key, rows):
-        return sandwich_loss(net, params, statistics, *rows, key=key, **sandwich)
+        with freezing.as_predicting(fixed):
+            return sandwich_loss(net, _each(freezing.stopped, fixed, params), statistics, *rows, key=key, **sandwich)
 
     if mesh:
         gradient = device_gradients.value_and_grad(loss_fn, net, mesh, accumulate)
@@ -63,10 +67,21 @@ def make_step(
         if mix:
             images, labels = mix(rng(state, 2), images, labels)
         (loss, (statistics, values)), grads = gradient(state.params, state.collections, rng(state, 1), (images, labels))
+        before = state.params
         state, used = apply_gradients(state, grads, statistics, tx, schedule)
+        state = state.replace(params=_each(freezing.kept, fixed, before, state.params))
         return state, metrics.collect({"train_loss": loss, **used, **values})
 
     return step
+
+
+def _each(change: Callable, names: Sequence[str], *params: dict) -> dict:
+    """change(*trees, names) of a slimmable network's parameters: the shared ones, and each width's batch norm."""
+    if not names:
+        return params[-1]
+    shared = change(*(p["shared"] for p in params), names)
+    norms = {key: change(*(p["batch_norm"][key] for p in params), names) for key in params[0]["batch_norm"]}
+    return {**params[-1], "shared": shared, "batch_norm": norms}
 
 
 def freeze(net: Slimmable, params: dict, statistics: dict) -> dict[float, dict]:
@@ -221,6 +236,7 @@ def train_teacher(
     mix: data.Mixing | None = None,
     accumulate: int = 1,
     ema: float = 0.0,
+    fixed: Sequence[str] = (),
     compiled: tuple[Callable, Callable] | None = None,
 ) -> Teacher:
     """Train all widths of `net` together by the sandwich rule and freeze them.
@@ -234,8 +250,9 @@ def train_teacher(
     label: '' prints nothing. sharding, frozen_sharding: replicated or fsdp, of the state and of what is frozen. cards(width,
     rows) -> the card of a sub-network, see `weights`. non_finite: `stop` at a step whose loss or gradient is not finite, or
     `skip` and count it. mix: mixup, CutMix, label smoothing. accumulate: parts of a batch that are learnt from in turn, see
-    `accumulation`. ema: decay of a mean of the weights that is frozen in their place, see `averaging`; 0 is off. compiled: of
-    `programs`, to use again. Raises UserError where something does not fit or is not finite.
+    `accumulation`. ema: decay of a mean of the weights that is frozen in their place, see `averaging`; 0 is off. fixed: parts
+    of a network of one width that stay as `start` has them, see `freezing`. compiled: of `programs`, to use again. Raises
+    UserError where something does not fit or is not finite.
     """
     if not isinstance(net, Slimmable):
         raise UserError(f"net: should come of pwkd_jax.make_slimmable, and this is a {type(net).__name__}")
@@ -246,6 +263,9 @@ def train_teacher(
     arguments.one_of("sampling", sampling, ("all", "sandwich"))
     arguments.one_of("reduction", reduction, ("sum", "mean"))
     arguments.averaging(ema)
+    if fixed and len(net.widths) > 1:
+        raise UserError("fixed: no part of a slimmable network can stay as it is, for its narrow widths are to be trained")
+    freezing.check("fixed", fixed, net.likes[net.widest])
     arguments.one_of("non_finite", non_finite, ("stop", "skip"))
     images, size = len(task.train), arguments.batch_size(task, batch_size)
     arguments.parts(accumulate, size, task.mesh)
@@ -260,6 +280,7 @@ def train_teacher(
     rule = optimizers.rule(optimizer, learning_rate, lambda p: schedules.learning_rate(spans, form="cosine", peak=p))
     sandwich = {"loss": loss, "sampling": sampling, "subnetworks": subnetworks, "reduction": reduction}
     sandwich |= {"own": arguments.own_metrics(metrics), "mix": mix, "accumulate": accumulate, "ema": ema}
+    sandwich |= {"fixed": tuple(fixed)}
     skip = non_finite == "skip"
     create, step = compiled or programs(net, task, rule, sharding_how=sharding, start=start, skip=skip, **sandwich)
     calibrate = calibration and calibration.get("images") and make_calibration(
@@ -295,6 +316,7 @@ def train_teacher(
             "learning rate": record.schedule(rule.schedule, total),
             "start": None if start is None else record.digest(start), **({"mix": repr(mix)} if mix else {}),
             **({"ema": ema} if ema else {}), **({"accumulate": accumulate} if accumulate > 1 else {}),
+            **({"fixed": list(fixed)} if fixed else {}),
         })  # fmt: skip
     if directory:
         distributed.write(directory / "parameters.txt", overview + "\n")
