@@ -1,7 +1,9 @@
-"""An exported program read again: this project's, whole and of a JAX that this one understands, or one sentence."""
+"""An exported program read again, of StableHLO or ONNX: this project's, whole and of a version that is known here, or one
+sentence."""
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -11,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export as jax_export
 
 from pwkd_jax import storage
@@ -33,14 +36,7 @@ class Program(NamedTuple):
 def open_program(path: Path) -> Program:
     """The program in `path` (FILE.stablehlo) and what its card beside it says. Raises UserError for one that is missing,
     damaged or foreign, or that was exported for other platforms or by a JAX whose programs this one cannot read."""
-    files.refuse_missing(path)
-    card, data = _card(path.with_suffix(".json"))
-    content = storage.read_bytes(path)
-    if "sha256" in card and card["sha256"] != hashlib.sha256(content).hexdigest():
-        raise UserError(
-            f"{path}: is not the program of {path.with_suffix('.json')}, by the checksum there, so one of them was damaged "
-            "or exchanged; export it anew"
-        )
+    content, card, data = _content(path, "program")
     with _readable(path, content, card):
         program = jax_export.deserialize(bytearray(content))
         inputs, outputs, platforms = program.in_avals, program.out_avals, program.platforms
@@ -67,11 +63,53 @@ def open_program(path: Path) -> Program:
     return Program(log_probabilities, platforms, image_shape, outputs[0].shape[1], data)
 
 
-def _card(path: Path) -> tuple[dict, dict]:
-    """(what a card says of the program, the data that it names); both empty where there is none."""
+def open_onnx(path: Path) -> Program:
+    """The same of FILE.onnx, by onnxruntime on this machine's processors. Raises UserError."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise UserError(f"{path}: needs the package onnxruntime, which is not installed: pip install onnxruntime")
+    import onnxruntime
+
+    content, _, data = _content(path, "onnx")
+    try:
+        with _quiet():
+            session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime has no class of its own for what it raises
+        reason = str(e).partition("\n")[0][:100]
+        raise UserError(f"{path}: is not a whole ONNX model for onnxruntime {onnxruntime.__version__} ({reason})") from e
+    (takes, *more), (gives, *others) = session.get_inputs(), session.get_outputs()
+    (batch, *image), (_, *classes) = takes.shape or [0], gives.shape or [0]
+    fixed = [isinstance(n, int) for n in (batch, *image, *classes)]
+    if more or others or (takes.type, gives.type) != ("tensor(uint8)", "tensor(float)") or fixed != [False] + 4 * [True]:
+        raise UserError(f"{path}: takes {takes.type} {takes.shape} and gives {gives.type} {gives.shape}; an ONNX model of this "
+                        "project takes uint8 [batch, H, W, C] and gives float32 [batch, classes]")  # fmt: skip
+
+    def log_probabilities(images: np.ndarray) -> np.ndarray:
+        (found,) = session.run(None, {takes.name: np.asarray(images)})
+        return np.log(np.maximum(found, np.finfo(np.float32).tiny))
+
+    return Program(log_probabilities, ("onnxruntime",), tuple(image), classes[0], data)
+
+
+def _content(path: Path, kind: str) -> tuple[bytes, dict, dict]:
+    """(a file's bytes, what the card beside it says of it under `kind`, the data that the card names). Raises UserError."""
+    files.refuse_missing(path)
+    card, data = _card(path.with_suffix(".json"), kind)
+    content = storage.read_bytes(path)
+    if "sha256" in card and card["sha256"] != hashlib.sha256(content).hexdigest():
+        raise UserError(
+            f"{path}: is not the {kind} of {path.with_suffix('.json')}, by the checksum there, so one of them was damaged "
+            "or exchanged; export it anew"
+        )
+    return content, card, data
+
+
+def _card(path: Path, kind: str) -> tuple[dict, dict]:
+    """(what a card says of the file of this kind, the data that it names); both empty where there is none."""
     try:
         card = json.loads(storage.read(path)) if storage.exists(path) else {"source": {}}
-        return dict(card.get("program", {})), loading.known(card["source"], card.get("classes", ()))
+        if kind == "onnx" and "model" in card and kind not in card:
+            raise UserError(f"{path}: is of an export without --onnx, and the .onnx beside it of another one; export it anew")
+        return dict(card.get(kind, {})), loading.known(card["source"], card.get("classes", ()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: is no card of this project; remove it and name a data set with --data") from e
 
