@@ -2,7 +2,7 @@
 
     python -m pwkd_jax.evaluate runs/digits/students/pwkd/seed0 --teacher runs/digits/teacher/slimmable
     python -m pwkd_jax.evaluate resnet32x4.safetensors --data cifar100 --data-dir /my/tfds
-    python -m pwkd_jax.evaluate exported/model.stablehlo --data digits --json
+    python -m pwkd_jax.evaluate exported/model.stablehlo --data digits --json      # or exported/model.onnx
     python -m pwkd_jax.evaluate resnet50.safetensors --data folder --data-dir /my/photos --split validation
     python -m pwkd_jax.evaluate runs/mine/students/pwkd/seed0 --per-class --confusion=confusion.csv
 

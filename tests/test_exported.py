@@ -10,7 +10,7 @@ import pytest
 from conftest import made_up
 from jax import export as jax_export
 
-from pwkd_jax import evaluate, models, weights
+from pwkd_jax import evaluate, export, models, weights
 from pwkd_jax.experiment import exported, exporting
 
 SHAPE = (8, 8, 1)
@@ -129,3 +129,17 @@ def test_programs_of_another_kind_are_told_apart(kind, tmp_path, capfd):
 def test_programs_for_other_platforms(tmp_path, capfd):
     (tmp_path / "model.stablehlo").write_bytes(_foreign(_mean, _images(), platforms=("tpu", "cuda")))
     assert "was exported for tpu, cuda, and this is cpu" in sentence(tmp_path / "model.stablehlo", capfd)
+
+
+def test_a_model_that_counts_its_images_is_refused_in_a_sentence(tmp_path, capfd):
+    """What jax says of a symbol where a number is needed is of no use to a user, and was a traceback."""
+    network = models.create("own_modules:Counted")
+    card = weights.card("own_modules:Counted", 1.0, 0, 10, (8, 8, 3), (0.5,) * 3, (0.25,) * 3, {}, network=network)
+    path = tmp_path / "counted.safetensors"
+    weights.write(path, made_up(network, (8, 8, 3)), card)
+    for more in ([], ["--onnx"]):
+        assert export.main([str(path), "--model=own_modules:Counted", f"--out={tmp_path / 'out'}", *more]) == 2
+        text = capfd.readouterr().err
+        assert re.fullmatch(r"error: [^\n]+\n", text), text
+        assert "'own_modules:Counted' cannot be exported for batches of any size" in text and "x.shape[0]" in text
+        assert not (tmp_path / "out").exists()

@@ -61,6 +61,8 @@ def test_the_best_weights_are_kept_beside_the_last(run, capsys):
         assert scored["top1"] == pytest.approx(best["top1"])
         held_out = evaluate.evaluate(f"{run}/{place}/best", split="stratified(train[:120], 75%:)")
         assert held_out["top1"] == pytest.approx(best["validation_top1"])
+    report = (run / "report.html").read_text()
+    assert "+ its weights that were best on validation (extra)" in report
     assert any(result(run, f"students/pwkd/seed{seed}")["selected"]["step"] < 24 for seed in (0, 1))
     assert "kept no best weights" in error(evaluate.main, run / "teacher/slimmable/best", capsys=capsys)
 

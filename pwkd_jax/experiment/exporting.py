@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from pwkd_jax import slimmable, storage, weights
+from pwkd_jax import models, slimmable, storage, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import loading, onnx_program, results
+from pwkd_jax.models import precision
 from pwkd_jax.reporting import model_card, summary
 from pwkd_jax.storage import replace
 from pwkd_jax.training import distributed
@@ -125,8 +126,17 @@ def program(found: weights.Network, platforms: Sequence[str]) -> jax_export.Expo
     """
     (batch,) = jax_export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *found.card["image_shape"]), jnp.uint8)
-    with _no_places():
-        return jax_export.export(jax.jit(_probabilities(found)), platforms=platforms)(images)
+    try:
+        with _no_places():
+            return jax_export.export(jax.jit(_probabilities(found)), platforms=platforms)(images)
+    except (TypeError, ValueError, NotImplementedError) as e:
+        plain = precision.plain(found.model)
+        if models.ours(plain):
+            raise
+        raise UserError(
+            f"'{found.card['model']}' cannot be exported for batches of any size ({models.reason(e)}); where it asks how many "
+            "images there are, take x.shape[0], and neither len(x) nor int()"
+        ) from e
 
 
 @contextlib.contextmanager

@@ -142,7 +142,8 @@ def teacher_rows(summary: dict) -> list[list[str]]:
 
 
 def arm_rows(summary: dict) -> list[list[str]]:
-    """Cells for each arm: arm, teacher and schedule, last and best top-1, n; after it its ensemble, marked as extra."""
+    """Cells for each arm: arm, teacher and schedule, last and best top-1, n; after it what is extra: its ensemble, and the
+    weights chosen by validation."""
     rows = []
     for name, arm in summary["arms"].items():
         how = plan(arm["plan"], arm["cycles"])
@@ -151,6 +152,9 @@ def arm_rows(summary: dict) -> list[list[str]]:
         if extra:
             said = f"+ ensemble of its last {extra['members']} (extra)"
             rows.append(["", said, spread(extra), "-", str(extra["n"])])
+        chosen = [run["selected"]["top1"] for run in summary["runs"] if run["arm"] == name and "selected" in run]
+        if chosen:
+            rows.append(["", "+ its weights that were best on validation (extra)", spread(stat(chosen)), "-", str(len(chosen))])
     return rows
 
 
