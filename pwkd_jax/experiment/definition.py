@@ -62,16 +62,8 @@ class Experiment:
         return loop.Cadence(*every, c.log.tensorboard, c.log.tracker)
 
     def schedule(self, who: str, spans, form: str = "", peak_decay: float = 1.0):
-        """The learning rate of `who` on the global step, over cycles `spans`. Raises UserError for a warm-up that fills one."""
-        c, key = self.config[who], f"{who}.schedule.warmup"
-        warmup = schedules.steps(
-            c.schedule.warmup, key, batch_size=c.batch_size, zero=True, images=len(self.dataset.train), total=spans[-1][1]
-        )
-        shape = {key: c.schedule[key] for key in ("peak", "floor", "milestones", "factor")}
-        # Goyal et al. 2017: so many times the images, so many times the learning rate.
-        shape["peak"] *= c.batch_size / c.schedule.per_batch if c.schedule.per_batch else 1.0
-        form = form or c.schedule.form
-        return schedules.learning_rate(spans, form=form, warmup=warmup, peak_decay=peak_decay, key=key, **shape)
+        """The learning rate of `who` on the global step, over cycles `spans`, see `schedule`."""
+        return schedule(self.config, self.facts, who, spans, form, peak_decay)
 
     def rule(self, who: str, *schedule) -> optimizers.Rule:
         """The optimiser of `who` under its schedule; the arguments are those of `schedule`."""
@@ -102,11 +94,8 @@ class Experiment:
         return plan(self.config, self.facts, arm)
 
     def spans(self, plan: Sequence[stages.Stage]) -> tuple[list[tuple[int, int]], str, float]:
-        """(cycles, form, peak decay) of an arm: its stages' own cycles, or one cycle of the ordinary schedule."""
-        c = self.config.student.schedule
-        if len(plan) > 1 and c.cycles == "per_stage":
-            return stages.cycles(plan, True), c.form, c.peak_decay
-        return stages.cycles(plan, False), c.single_form or c.form, 1.0
+        """(cycles, form, peak decay) of an arm, see `spans`."""
+        return spans(self.config, plan)
 
     def distillation(self, teacher: str, widths: Iterable[float]) -> distillers.Distillation:
         return fit_distiller(self.config, self.facts, self.teaching(teacher), self.student, widths)
@@ -195,6 +184,25 @@ def stage_lengths(config: ConfigDict, facts: dict) -> list[int]:
 def plan(config: ConfigDict, facts: dict, arm: str) -> list[stages.Stage]:
     widths = config.student.widths or tuple(sorted(config.teacher.widths))
     return stages.plan(arm, widths, stage_lengths(config, facts), config.teacher.widths)
+
+
+def spans(config: ConfigDict, plan: Sequence[stages.Stage]) -> tuple[list[tuple[int, int]], str, float]:
+    """(cycles, form, peak decay) of an arm: its stages' own cycles, or one cycle of the ordinary schedule."""
+    c = config.student.schedule
+    if len(plan) > 1 and c.cycles == "per_stage":
+        return stages.cycles(plan, True), c.form, c.peak_decay
+    return stages.cycles(plan, False), c.single_form or c.form, 1.0
+
+
+def schedule(config: ConfigDict, facts: dict, who: str, spans, form: str = "", peak_decay: float = 1.0) -> Callable:
+    """The learning rate of `who` on the global step, over cycles `spans`. Raises UserError for a warm-up that fills one."""
+    c, key, images = config[who], f"{who}.schedule.warmup", facts["train_images"]
+    warmup = schedules.steps(c.schedule.warmup, key, batch_size=c.batch_size, zero=True, images=images, total=spans[-1][1])
+    shape = {key: c.schedule[key] for key in ("peak", "floor", "milestones", "factor")}
+    # Goyal et al. 2017: so many times the images, so many times the learning rate.
+    shape["peak"] *= c.batch_size / c.schedule.per_batch if c.schedule.per_batch else 1.0
+    form = form or c.schedule.form
+    return schedules.learning_rate(spans, form=form, warmup=warmup, peak_decay=peak_decay, key=key, **shape)
 
 
 def wants_labels(config: ConfigDict) -> bool:

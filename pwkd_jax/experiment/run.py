@@ -20,6 +20,7 @@ from pwkd_jax import storage
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import shared_teachers
 from pwkd_jax.experiment.definition import Experiment, prepare
+from pwkd_jax.experiment.extension import extend
 from pwkd_jax.experiment.students import students
 from pwkd_jax.experiment.teachers import cost, finished, teach
 from pwkd_jax.experiment.workdir import claim, held
@@ -39,6 +40,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     distillations = {t: experiment.distillation(t, teaching[t]) for t in wanted}
     distributed.together(lambda: shared_teachers.check(config, experiment.facts, wanted))
     with held(workdir):
+        distributed.decide(lambda: extend(workdir, config, experiment.facts))
         distributed.decide(lambda: claim(workdir, config, experiment.facts))
         _announce(experiment, wanted)
         try:
