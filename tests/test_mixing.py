@@ -127,3 +127,54 @@ def test_an_experiment_mixes_and_is_another_one_for_it(tmp_path):
                "--config.teacher.mix.smoothing=0.1"]  # fmt: skip
     assert train.main([*options, f"--workdir={tmp_path / 'w'}"]) == 0
     assert train.main([*options, "--config.student.mix.mixup=0.4", f"--workdir={tmp_path / 'w'}"]) == 2  # another experiment
+
+
+# Weights of classes.
+
+
+def test_balanced_weights_give_every_class_its_part():
+    labels = np.repeat([0, 1, 2], [60, 30, 10])
+    for strength in (0.5, 1.0):
+        w = np.array(data.balanced(labels, 4, strength))
+        raw = (100 / (4 * np.array([60, 30, 10]))) ** strength
+        np.testing.assert_allclose(w[:3] / w[0], raw / raw[0])
+        assert np.mean(w[labels]) == pytest.approx(1.0)
+    sums = np.bincount(labels, np.array(data.balanced(labels, 3, 1.0))[labels])
+    np.testing.assert_allclose(sums, 100 / 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"smoothing": 0.1}])
+def test_a_student_s_cross_entropy_is_weighed_and_its_teacher_s_word_is_not(options):
+    weights = (0.5, 1.0, 3.0)
+    bench, mixing = Bench([stages.Stage("slimmable", (1.0,), 0, 8)]), data.Mixing(CLASSES, weights=weights, **options)
+    values = []
+    for mix in (mixing, data.Mixing(CLASSES, **options) if options else None):
+        step = student.make_step(
+            bench.model, bench.net.members, (1.0,), bench.distillation, bench.plan, bench.tx, bench.schedule, preprocess,
+            images=40, mix=mix,
+        )  # fmt: skip
+        found = step(bench.fresh(), bench.pipeline(0), teacher={1.0: bench.frozen[1.0]})[1]
+        values.append({name: float(average.compute()) for name, average in found.items()})
+    batch, state = bench.pipeline(0), bench.fresh()
+    out, _ = models.apply(bench.model, student.variables(state), preprocess(None, batch["image"]), train=True)
+    s, labels = options.get("smoothing", 0.0), np.asarray(batch["label"])
+    targets = ((1 - s) * np.eye(CLASSES)[labels] + s / CLASSES) * np.array(weights)
+    expected = -np.mean(np.sum(targets * log_softmax(out.logits), -1))
+    assert values[0]["cross_entropy"] == pytest.approx(expected, rel=1e-5)
+    assert values[0]["distillation"] == pytest.approx(values[1]["distillation"], rel=1e-6)
+    assert values[0]["train_top1"] == values[1]["train_top1"]
+
+
+def test_a_config_weighs_classes_of_both(tmp_path):
+    options = [*TINY, "--config.arms=alone,pwkd", "--config.student.mix.balance=1.0", "--config.teacher.mix.balance=0.5"]
+    assert train.main([*options, f"--workdir={tmp_path / 'w'}"]) == 0
+    loaded = definition.prepare(config.load(options)[0])
+    labels = loaded.dataset.train.labels
+    mix = definition.mixing(loaded.config, "student", 10, loaded.dataset.train)
+    assert mix.weights == data.balanced(labels, 10, 1.0) and not mix.mixes
+    assert train.main([*options, "--config.student.distiller.name=dkd", f"--workdir={tmp_path / 'v'}"]) == 0  # labels stay hard
+    for option, sentence in (("class_weights=(1,2)", r"student.mix.class_weights: has 2 numbers, and these data have 10"),
+                             ("class_weights=(1,0)", r"student.mix.class_weights: \(1, 0\) is not possible"),
+                             ("balance=2", r"student.mix.balance: 2")):  # fmt: skip
+        with pytest.raises(UserError, match=sentence):
+            definition.prepare(config.load([*TINY, f"--config.student.mix.{option}"])[0])

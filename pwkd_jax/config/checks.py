@@ -184,8 +184,12 @@ def check(config: ConfigDict) -> None:
              f"a number of equal parts of {who}.batch_size, which is {g.batch_size}")  # fmt: skip
         need(f"{who}.ema", 0 <= g.ema < 1, "0 (off) or a decay below 1, as in 0.9999")
         need(f"{who}.schedule.per_batch", r.per_batch >= 0, "0 (any) or a number of images")
-        for name, most in (("mixup", 100), ("cutmix", 100), ("chance", 1), ("switch", 1), ("smoothing", 0.999)):
+        for name, most in (("mixup", 100), ("cutmix", 100), ("chance", 1), ("switch", 1), ("smoothing", 0.999),
+                           ("balance", 1)):
             need(f"{who}.mix.{name}", 0 <= g.mix[name] <= most, f"from 0 to {most}")
+        need(f"{who}.mix.class_weights", not g.mix.class_weights or
+             (min(g.mix.class_weights) > 0 and not g.mix.balance),
+             "() or a number above 0 for each class, and () where mix.balance is above 0")  # fmt: skip
         one_of(f"{who}.schedule.form", schedules.CYCLES)
         need(f"{who}.schedule.peak", r.peak > 0, "above 0")
         need(f"{who}.schedule.floor", 0 <= r.floor <= 1, "in [0, 1]")

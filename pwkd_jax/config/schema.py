@@ -38,6 +38,8 @@ def _mixing() -> ConfigDict:
         "chance": 1.0,  # of a batch being mixed
         "switch": 0.5,  # of CutMix, where both are on
         "smoothing": 0.0,  # of labels: of each, so much is spread over all classes
+        "balance": 0.0,  # 1: every class has the same part of the cross entropy, however rare; 0: every image; or between
+        "class_weights": (),  # the same by numbers of your own, one for each class
     })  # fmt: skip
 
 

@@ -5,7 +5,7 @@ random crops and flips on uint8, then normalisation to float32 (`augment`)."""
 
 from pwkd_jax.data.augment import augment, channel_statistics, normalise
 from pwkd_jax.data.copies import copied
-from pwkd_jax.data.mixing import Mixing
+from pwkd_jax.data.mixing import Mixing, balanced
 from pwkd_jax.data.normalisation import check_normalisation
 from pwkd_jax.data.pipeline import Pipeline
 from pwkd_jax.data.policies import Policy
@@ -25,6 +25,7 @@ __all__ = [
            "Streaming",
            "as_split",
            "augment",
+           "balanced",
            "batches",
            "channel_statistics",
            "check_normalisation",

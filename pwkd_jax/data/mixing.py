@@ -1,9 +1,10 @@
-"""Soft targets of a training batch: mixup and CutMix of its images, and label smoothing, inside the jitted step."""
+"""Soft targets of a training batch: mixup and CutMix of its images, label smoothing and weights of classes, inside the step."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pwkd_jax.errors import UserError
 
@@ -17,7 +18,8 @@ class Mixing:
     2018). cutmix: w is 0 in a box of random place, cut off at the edges, whose sides are sqrt(1 - l) of the image's, l from
     Beta(cutmix, cutmix) (Yun et al., ICCV 2019). chance: of a batch being mixed; switch: of CutMix where both are on.
     smoothing: s moves a label's target from 1 to 1 - s + s / classes, and the others' from 0 to s / classes (Szegedy et al.,
-    CVPR 2016). The numbers are of the key alone, whatever the devices. Raises UserError for what is not possible.
+    CVPR 2016). weights: one for each class, () none, see `weigh`. The numbers are of the key alone, whatever the devices.
+    Raises UserError for what is not possible.
     """
 
     num_classes: int
@@ -26,17 +28,26 @@ class Mixing:
     chance: float = 1.0
     switch: float = 0.5
     smoothing: float = 0.0
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self):
         bounds = {"mixup": (0, 100), "cutmix": (0, 100), "chance": (0, 1), "switch": (0, 1), "smoothing": (0, 0.999)}
         for name, (low, high) in bounds.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise UserError(f"{name}: {value:g} is not possible; it should be from {low:g} to {high:g}")
+        if self.weights and (len(self.weights) != self.num_classes or not all(0 < w < 1e30 for w in self.weights)):
+            raise UserError(f"weights: {len(self.weights)} are not possible; give a number above 0 for each of the "
+                            f"{self.num_classes} classes")  # fmt: skip
 
     @property
     def mixes(self) -> bool:
         """Whether images have more than one label."""
         return bool(self.mixup or self.cutmix) and self.chance > 0
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is as it would not be without it."""
+        return bool(self.mixes or self.smoothing or self.weights)
 
     def __call__(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         targets = jax.nn.one_hot(labels, self.num_classes)
@@ -47,6 +58,10 @@ class Mixing:
         share = jnp.mean(own)
         images = own[..., None] * images + (1 - own[..., None]) * images[::-1]
         return images, share * targets + (1 - share) * targets[::-1]
+
+    def weigh(self, targets: jax.Array) -> jax.Array:
+        """Targets [B, classes] times the weight of each class, and so their parts of a cross entropy."""
+        return targets * jnp.asarray(self.weights, jnp.float32) if self.weights else targets
 
     def _weights(self, key: jax.Array, size: tuple[int, int]) -> jax.Array:
         """The weight map [H, W]."""
@@ -63,3 +78,12 @@ class Mixing:
         )
         box = whole - (rows[:, None] & columns[None])
         return jnp.where(jax.random.bernoulli(whether, self.chance), jnp.where(boxed, box, share * whole), whole)
+
+
+def balanced(labels: np.ndarray, num_classes: int, strength: float) -> tuple[float, ...]:
+    """Weights of classes by how rare they are among labels int [N]: (N / (classes n_c))^strength, scaled so that those of all
+    images have the mean 1. strength 1 gives every class the same part of the loss, 0 every image. A class without images has 1.
+    """
+    count = np.bincount(labels, minlength=num_classes).astype(np.float64)
+    weights = np.where(count > 0, (len(labels) / (num_classes * np.maximum(count, 1))) ** strength, 1.0)
+    return tuple((weights * len(labels) / np.sum(count * weights)).tolist())

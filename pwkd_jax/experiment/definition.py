@@ -7,6 +7,7 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from pwkd_jax import data, distillers, models, slimmable, stages, storage, weights
@@ -71,6 +72,10 @@ class Experiment:
 
     def place(self, tree, how: str = "replicated"):
         return self.task.place(tree, how)
+
+    def mix(self, who: str) -> data.Mixing | None:
+        """What becomes of images and labels of `who`, see `mixing`."""
+        return mixing(self.config, who, self.task.num_classes, self.dataset.train)
 
     @property
     def skips(self) -> bool:
@@ -224,14 +229,21 @@ def fit_distiller(
         distillers.create(c.distiller.name, **options), student, {w: net.members[w] for w in {*widths, net.widest}},
         tuple(facts["image_shape"]), batch_size=c.batch_size, images=facts["train_images"] if wants_labels(config) else 0,
         standardise=c.standardise_logits, temperatures=dict(zip(by_width, c.temperatures, strict=False)),
-        mixed=data.Mixing(facts["num_classes"], **c.mix).mixes,
+        mixed=bool(c.mix.mixup or c.mix.cutmix) and c.mix.chance > 0,
     )  # fmt: skip
 
 
-def mixing(config: ConfigDict, who: str, classes: int) -> data.Mixing | None:
-    """What `who`.mix makes of images and labels; None where it leaves them as they are."""
-    mix = data.Mixing(classes, **config[who].mix)
-    return mix if mix.mixes or mix.smoothing else None
+def mixing(config: ConfigDict, who: str, classes: int, train: data.Split | data.Stream) -> data.Mixing | None:
+    """What `who`.mix makes of images and labels; None where it leaves them as they are. train: the training images, by whose
+    labels classes are balanced. Raises UserError."""
+    options = dict(config[who].mix)
+    balance, weights = options.pop("balance"), tuple(options.pop("class_weights"))
+    if weights and len(weights) != classes:
+        raise UserError(f"{who}.mix.class_weights: has {len(weights)} numbers, and these data have {classes} classes")
+    if balance:
+        weights = data.balanced(np.asarray(train.labels), classes, balance)
+    mix = data.Mixing(classes, **options, weights=weights)
+    return mix if mix.changes else None
 
 
 def streaming(config: ConfigDict) -> data.Streaming | None:
@@ -302,6 +314,8 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh, dataset: data.Dataset) ->
     # A schedule that cannot be is a mistake before anything is compiled or written, like a network that does not fit.
     total = schedules.steps(c.teacher.duration, "teacher.duration", batch_size=c.teacher.batch_size, images=len(dataset.train))
     experiment.schedule("teacher", [(0, total)])
+    for who in ("teacher", "student"):
+        experiment.mix(who)
     for arm in c.arms:
         experiment.schedule("student", *experiment.spans(experiment.plan(arm)))
     return experiment

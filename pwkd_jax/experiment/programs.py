@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from pwkd_jax import distillers, models, slimmable, stages
-from pwkd_jax.experiment.definition import Experiment, mixing, wants_labels
+from pwkd_jax.experiment.definition import Experiment, wants_labels
 from pwkd_jax.models import precision
 from pwkd_jax.training import dispatch, distil, schedules, sharding, student, students_together, teacher
 
@@ -27,7 +27,7 @@ def teacher_arguments(experiment: Experiment, name: str) -> dict:
     return {"rule": rule, "sharding_how": c.sharding, "start": experiment.start.get(name), "reduction": c.reduction,
             "subnetworks": c.subnetworks, "skip": experiment.skips, "accumulate": c.accumulate, "ema": c.ema,
             "fixed": experiment.fixed.get(name, ()),
-            "mix": mixing(experiment.config, "teacher", experiment.task.num_classes), **sandwich}  # fmt: skip
+            "mix": experiment.mix("teacher"), **sandwich}  # fmt: skip
 
 
 def teacher_step(experiment: Experiment, name: str) -> tuple[Callable, Callable]:
@@ -50,7 +50,7 @@ def student_steps(
         experiment.rule("student", *experiment.spans(plan)), same_crop=c.same_crop,
         data_seed=experiment.config.seed if c.batches == "shared" else None, several=several, sharding_how=c.sharding,
         start=experiment.start.get("student"), skip=experiment.skips,
-        mix=mixing(experiment.config, "student", experiment.task.num_classes), accumulate=c.accumulate, ema=c.ema,
+        mix=experiment.mix("student"), accumulate=c.accumulate, ema=c.ema,
         fixed=experiment.fixed["student"],
     )  # fmt: skip
 

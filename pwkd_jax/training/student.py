@@ -87,7 +87,7 @@ def make_step(
         if mix:
             inputs, targets = mix(rng(common, 5), inputs, batch["label"])
             teacher_images = inputs if same_crop else mix(rng(common, 6), teacher_images, batch["label"])[0]
-            batch = batch | {"label": jnp.argmax(targets, -1), "target": targets}
+            batch = batch | {"label": jnp.argmax(targets, -1), "target": mix.weigh(targets)}
         batch = batch | {"image": inputs}
         stage, at = locate(state.step)
         progress = Progress(stage, at, at * (len(batch["label"]) / images))

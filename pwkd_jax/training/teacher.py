@@ -66,6 +66,7 @@ def make_step(
         images, labels = preprocess(rng(state, 0), batch["image"]), batch["label"]
         if mix:
             images, labels = mix(rng(state, 2), images, labels)
+            labels = mix.weigh(labels)
         (loss, (statistics, values)), grads = gradient(state.params, state.collections, rng(state, 1), (images, labels))
         before = state.params
         state, used = apply_gradients(state, grads, statistics, tx, schedule)

@@ -59,6 +59,7 @@ PLAUSIBLE = {
     "student.distiller.name": ("kd", "dkd", "kd+at", "fitnet", "simkd", "rkd", "crd"),
     "student.schedule.cycles": ("per_stage", "single"), "student.schedule.single_form": ("", *schedules.CYCLES),
     "evaluation.every": ("1 epoch", "1 steps", "50 %"), "checkpoint.every": ("10 %", "1 steps"),
+    "log.tracker": ("",),
     "log.every": ("50 steps", "1 steps"),
     "non_finite": ("stop", "skip"), "profile": ("", "pwkd/seed0:0-1", "teacher:100-110"),
     "name": ("digits", "über\t<b>", "a/b"),
@@ -76,6 +77,7 @@ for who in ("teacher", "student"):
         f"{who}.schedule.milestones": ("()", "(0.5,)"),
         f"{who}.mix.mixup": ("0", "0.8"), f"{who}.mix.cutmix": ("0", "1"), f"{who}.mix.chance": ("1", "0.5"),
         f"{who}.mix.switch": ("0.5", "0"), f"{who}.mix.smoothing": ("0", "0.1"),
+        f"{who}.mix.balance": ("0", "1", "0.5"), f"{who}.mix.class_weights": ("()",),
         f"{who}.schedule.warmup": ("0 epochs", "1 step", "10 %"),
     }  # fmt: skip
 PLAUSIBLE |= {"student.teacher_sharding": ("replicated", "fsdp"), "student.schedule.peak_decay": ("1.0", "0.5")}
