@@ -2,7 +2,8 @@
 
 What depends on no image is computed here, so that the model holds numbers in its place: of a batch norm two sums and a product
 are left, which runtimes put into the convolution before it. Only the package onnx is needed; jax2onnx 0.17.1, which knows more
-operations, requires orbax-checkpoint below 0.11.37, which this project is past, and silently drops padding of `nn.max_pool`.
+operations, requires orbax-checkpoint below 0.11.37, which this project is past, and silently drops the padding of pools
+(findings/jax2onnx_drops_padding.sh).
 """
 
 import importlib.util
