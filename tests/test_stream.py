@@ -658,7 +658,7 @@ def arguments(root, *overrides: str) -> list[str]:
         ("data.crop_padding=1", "data.crop_padding: 1 is not possible; it should be 0 where data.image_size streams"),
         ("data.mean=()", "data.mean: "),
         ("student.same_crop=false", "student.same_crop: False is not possible; it should be true where data.image_size"),
-        ("data.resize=15", "data.resize: 15 is not possible; it should be at least data.image_size, which is 16"),
+        ("data.resize=15", "data.resize: 15 is not possible; it should be 0 (8/7 of it) or at least data.image_size, which"),
         ("data.scale=(0.5,0.2)", "data.scale: (0.5, 0.2) is not possible; it should be the smallest and the largest part"),
         ("data.scale=(0.0,1.0)", "data.scale: "),
         ("data.workers=-2", "data.workers: -2 is not possible; it should be -1 (one a core)"),
@@ -715,3 +715,8 @@ def test_an_unreadable_image_stops_training_in_one_sentence(root, tmp_path, caps
     assert train.main([*arguments(bad), f"--workdir={tmp_path / 'w'}"]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("error: data.unreadable: file ") and "Traceback" not in err
+
+
+@pytest.mark.parametrize(("size", "shorter"), [(224, 256), (64, 73), (32, 37)])
+def test_the_test_images_shorter_side_goes_with_their_size(size, shorter):
+    assert data.Streaming(size).shorter == shorter and data.Streaming(size, resize=300).shorter == 300

@@ -322,7 +322,8 @@ def test_a_classifier_is_begun_anew_for_other_classes(run, tmp_path, capsys):
         (["teacher.weights=nowhere.safetensors"], r"teacher\.weights: nowhere\.safetensors: there is no such file"),
         (["student.weights=x"], r"student\.weights: x: is no \.safetensors file"),
         (["teacher.divisor=8"], r"teacher\.model: the model 'test_training:Tiny' has no 'divisor'"),
-        (["teacher.weights={width_1}", "data.mean=(0.9,)", "data.std=(0.2,)"], r"by another mean; set data\.mean=\(0\."),
+        (["teacher.weights={width_1}", "data.mean=(0.9,)", "data.std=(0.2,)"],
+         r"by another mean or std; set data\.mean=\(0\..* and data\.std=\(0\..*or leave both away"),
         (["student.weights={width_1}"], r"student\.weights: .*width_1.* does not fit .*Tiny': batch_stats/bn/mean is \[8\]"),
         (["teacher.weights={width_1}", "teacher.widths=(0.25,0.5)"], r"those of width 1, which should then be one of teacher"),
         (["teacher.order=size"], r"teacher\.order: 'size' is not possible; it should be one of bn_scale, l1, none"),
@@ -333,6 +334,36 @@ def test_weights_that_do_not_fit_an_experiment(options, sentence, run, tmp_path,
     arguments = [f"--config.{option.format(**where)}" for option in options]
     assert re.search(sentence, error(train.main, *TINY, *arguments, f"--workdir={tmp_path / 'w'}", capsys=capsys))
     assert not (tmp_path / "w").exists()
+
+
+def test_images_are_normalised_as_those_of_the_weights_unless_the_config_says(run, capsys):
+    given = run / "teacher/slimmable/width_1.safetensors"
+    options = ["--config.arms=pwkd", "--config.data.train_split=train[:90]"]
+    card = weights.read(given, "test_training:Tiny")[1]
+    for who in ("teacher", "student"):
+        more = ["--config.student.width=1.0"] if who == "student" else []
+        made = definition.prepare(config.load([*TINY, *options, *more, f"--config.{who}.weights={given}"])[0])
+        assert (list(made.task.mean), list(made.task.std)) == (card["mean"], card["std"])
+        assert "images are normalised as those of" in capsys.readouterr().out
+    measured = definition.prepare(config.load([*TINY, *options])[0])
+    assert list(measured.task.mean) != card["mean"] and not capsys.readouterr().out
+
+
+def test_a_folder_that_a_file_does_not_name_is_asked_for(run, tmp_path, capsys):
+    variables, card = weights.read(run / "teacher/slimmable/width_1.safetensors", "test_training:Tiny")
+    path = tmp_path / "photos.safetensors"
+    weights.write(path, variables, card | {"source": card["source"] | {"data": "folder"}})
+    sentence = error(evaluate.main, path, "--model=test_training:Tiny", capsys=capsys)
+    assert sentence.endswith("does not say where its folder of images lies; add --data-dir=DIR\n")
+
+
+def test_a_namesake_that_fits_is_named(tmp_path, capsys):
+    """torchvision's resnet18 is imagenet_ResNet18 here, and the other way round."""
+    for model, wrong, size in (("imagenet_ResNet18", "ResNet18", 224), ("ResNet18", "imagenet_ResNet18", 32)):
+        network, path = models.create(model, num_classes=7), tmp_path / f"{model}.safetensors"
+        safetensors.numpy.save_file(pytorch.to_torch(network, made_up(network, (size, size, 3))), path)
+        command = [str(path), f"--model={wrong}", f"--out={tmp_path}/o.safetensors", "--mean=0.5,0.5,0.5", "--std=0.3,0.3,0.3"]
+        assert f"does not fit '{wrong}', but '{model}': use --model={model}" in error(convert.main, *command, capsys=capsys)
 
 
 @pytest.mark.parametrize(

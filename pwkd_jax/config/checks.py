@@ -91,13 +91,15 @@ def check(config: ConfigDict) -> None:
     need("data.image_size", d.image_size >= 0, "0 (of one size, in RAM) or the pixels each way of streamed images")
     need("data.scale", len(d.scale) == 2 and 0 < d.scale[0] <= d.scale[1] <= 1,
          "the smallest and the largest part of the area, as in (0.08,1.0)")  # fmt: skip
-    need("data.resize", d.resize >= d.image_size, f"at least data.image_size, which is {d.image_size}")
+    need("data.resize", not d.resize or d.resize >= d.image_size,
+         f"0 (8/7 of it) or at least data.image_size, which is {d.image_size}")  # fmt: skip
     need("data.workers", d.workers >= -1, "-1 (one a core), 0 (none but this process) or a number of processes")
     need("data.unreadable", 0 <= d.unreadable < 1, "in [0, 1)")
     if d.image_size:
         need("data.crop_padding", not d.crop_padding, "0 where data.image_size streams random crops of its own")
-        need("data.mean", bool(d.mean), "given, with data.std, where data.image_size streams images, which cannot be measured "
-             "first, as in (0.485,0.456,0.406)")  # fmt: skip
+        need("data.mean", bool(d.mean or t.weights or s.weights),
+             "given, with data.std, where data.image_size streams images, which cannot be measured first, as in "
+             "(0.485,0.456,0.406)")  # fmt: skip
         need("student.same_crop", s.same_crop, "true where data.image_size streams images, which come cropped to both")
 
     for key, widths in (("teacher.widths", t.widths), ("teacher.pool", t.pool)):

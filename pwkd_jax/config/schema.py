@@ -73,12 +73,14 @@ def default() -> ConfigDict:
         "jitter": (),  # strengths of brightness, contrast, saturation and hue, as in (0.3,0.3,0.3,0.1)
         "blur": 0.0,  # chance of Gaussian blur
         "erasing": 0.0,  # chance of a box of the mean colour
-        "mean": (),  # per channel, of pixels in [0, 1], so numbers in units of 0..255 are divided by 255; (): measured
+        # Per channel, of pixels in [0, 1], so numbers in units of 0..255 are divided by 255; (): those of the weights that are
+        # given, or else measured.
+        "mean": (),
         "std": (),
         "on_device": "auto",  # the training images, whole on every device: auto (up to 1 GiB), always or never
         "image_size": 0,  # 0: images of one size, decoded once into RAM; above: streamed, cropped to so many pixels
         "scale": (0.08, 1.0),  # streamed: area of the random crops of training, as parts of the image's
-        "resize": 256,  # streamed: shorter side of test images before their central crop
+        "resize": 0,  # streamed: shorter side of test images before their central crop; 0: 8/7 of image_size, 256 for 224
         "workers": -1,  # streamed: processes that decode; -1: one a core, 0: none but this
         "unreadable": 0.0,  # streamed: share of the training images that may be skipped
     })  # fmt: skip

@@ -27,17 +27,23 @@ class Split:
 class Streaming:
     """How images of many sizes become squares of `image_size` pixels, see `images`; the keys of `data` of these names.
 
+    resize: the shorter side of test images before their centre is cut out; 0 is 8/7 of image_size, as 256 is of 224.
     workers: processes that decode, below 0 one a core, 0 a thread of this one. unreadable: share of a training split.
     pixel_range: (black, white) of samples that are no bytes.
     """
 
     image_size: int
     scale: tuple[float, float] = (0.08, 1.0)
-    resize: int = 256
+    resize: int = 0
     flip: bool = False
     workers: int = -1
     unreadable: float = 0.0
     pixel_range: tuple[float, ...] = ()
+
+    @property
+    def shorter(self) -> int:
+        """The shorter side of test images, in pixels."""
+        return self.resize or round(self.image_size * 8 / 7)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -236,7 +236,7 @@ class _Eval:
         image = np.empty(self.shape, np.uint8) if out is None else out
         image[~real] = 0
         labels = np.zeros(len(index), np.int32)
-        found = _decoded(self.source, index[real], lambda x, _: images.test_image(x, o.image_size, o.resize, o.pixel_range))
+        found = _decoded(self.source, index[real], lambda x, _: images.test_image(x, o.image_size, o.shorter, o.pixel_range))
         for row, (label, pixels) in zip(np.flatnonzero(real), found, strict=True):
             if isinstance(pixels, Unreadable):
                 raise UserError(

@@ -278,7 +278,9 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh, dataset: data.Dataset) ->
     """The experiment of a config over `dataset`. Raises UserError where something does not fit."""
     c = config
     shape = dataset.image_shape
-    mean, std = (c.data.mean, c.data.std) if c.data.mean else data.channel_statistics(dataset.train.images)
+    mean, std = (c.data.mean, c.data.std) if c.data.mean else (
+        starting.normalisation(c) or data.channel_statistics(dataset.train.images)
+    )  # fmt: skip
     if len(mean) != shape[-1]:
         raise UserError(f"data.mean: has {len(mean)} numbers for images of {shape[-1]} channels; give one for each")
     facts = data_facts(dataset, mean, std)

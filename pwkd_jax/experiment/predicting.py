@@ -96,7 +96,8 @@ def lines(rows: Sequence[dict]) -> Iterator[str]:
 
 def _shorter(network: scoring.Scored, resize: int | None) -> int:
     size, known = min(network.image_shape[:2]), network.data
-    shorter = resize or (known.get("resize") if known.get("image_size") else 0) or size
+    streamed = known.get("image_size", 0)
+    shorter = resize or (known.get("resize") or round(streamed * 8 / 7) if streamed else 0) or size
     if shorter < size:
         raise UserError(f"--resize: {shorter} pixels are fewer than the {size} that are cropped from them")
     return shorter

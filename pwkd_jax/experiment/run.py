@@ -105,8 +105,9 @@ def _title(name: str, width: float) -> str:
 
 def _announce(experiment: Experiment, wanted: list[str]) -> None:
     c, d = experiment.config, experiment.dataset
+    held_out = f"{len(d.validation)} validation and " if d.validation is not None else ""
     print(
-        f"{c.name}: {len(d.train)} training and {len(d.test)} test images of {d.name}, "
+        f"{c.name}: {len(d.train)} training, {held_out}{len(d.test)} test images of {d.name}, "
         f"{d.num_classes} classes, {experiment.mesh.size} {jax.devices()[0].platform} device(s)"
     )
     lines = [(f"teacher {c.teacher.model}", w, experiment.teachers["slimmable"].members[w])

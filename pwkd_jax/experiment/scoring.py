@@ -100,6 +100,8 @@ def _opened(
         raise UserError(f"--data: {target} does not say what it was trained on; name a data set")
     folder = data_dir if data_dir is not None else (own.data["data_dir"] if data is None else "")
     known = own.data if data is None else {}
+    if name == "folder" and not folder:
+        raise UserError(f"--data-dir: {target} does not say where its folder of images lies; add --data-dir=DIR")
     folder = copied(name, folder, copy or known.get("copy", ""), {"--split": split})
     images = _split(name, folder, split, own, target, image_size, resize, workers, known)
     digest = own.data.get("digest") if data is None and split == own.data["test_split"] else None
@@ -126,7 +128,8 @@ def _split(
         raise UserError("--image-size and --workers: take 0 or more, and --workers also -1 for one a core")
     streaming, pixel_range = None, tuple(known.get("pixel_range", ()))
     if size:
-        resize = resize or known.get("resize") or round(size * 8 / 7)
+        # Of a run whose images were in RAM, it says nothing of how larger ones become as large.
+        resize = resize or (known.get("resize") if known.get("image_size") else 0) or round(size * 8 / 7)
         if resize < size:
             raise UserError(f"--resize: {resize} pixels are fewer than the {size} that are cropped from them")
         streaming = data.Streaming(size, resize=resize, workers=workers, pixel_range=pixel_range)

@@ -41,7 +41,7 @@ def check(config: ConfigDict, facts: dict, names: Iterable[str]) -> None:
     changed_since(place)
     own, other = identity(dict(leaves(config))), identity(lender)
     if differ := [k for k in sorted(own.keys() | other.keys()) if own.get(k) != other.get(k)]:
-        key, more = differ[0], f" (and {len(differ) - 1} more keys)" if len(differ) > 1 else ""
+        key, more = differ[0], f" (nor are {', '.join(differ[1:4])} as they were)" if len(differ) > 1 else ""
         raise UserError(
             f"teacher.run: the teacher in '{run}' was trained with {key} = {other.get(key)!r}, not {own.get(key)!r}{more}; "
             "name the workdir of a teacher with this config's data and teacher keys"

@@ -47,13 +47,23 @@ def given(config: ConfigDict, facts: dict, who: str, model: nn.Module) -> dict:
         raise UserError(
             f"{who}.weights: {c.weights} {other_classes(theirs, ours)}; use weights of these classes, or {who}.head=new"
         )
-    for key in ("mean", "std"):
-        if any(abs(a - b) > 1e-3 for a, b in zip(card[key], facts[key], strict=True)):
-            own = "({})".format(",".join(f"{x:.4f}" for x in card[key]))
-            raise UserError(
-                f"{who}.weights: {c.weights} was trained on images normalised by another {key}; set data.{key}={own}"
-            )
+    if any(abs(a - b) > 1e-3 for key in ("mean", "std") for a, b in zip(card[key], facts[key], strict=True)):
+        own = " and ".join(f"data.{key}=({','.join(f'{x:.4f}' for x in card[key])})" for key in ("mean", "std"))
+        raise UserError(
+            f"{who}.weights: {c.weights} was trained on images normalised by another mean or std; set {own}, or leave both away"
+        )
     return variables
+
+
+def normalisation(config: ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, std) by which the images of given weights were normalised, the teacher's first; None without any."""
+    for who in ("teacher", "student"):
+        if config[who].weights:
+            with naming(f"{who}.weights"):
+                card = weights.read(storage.path(config[who].weights, f"{who}.weights"), config[who].model)[1]
+            print(f"note: images are normalised as those of {config[who].weights} were; data.mean and data.std say otherwise")
+            return tuple(card["mean"]), tuple(card["std"])
+    return None
 
 
 def _head(c: ConfigDict, facts: dict, model: nn.Module) -> set[Path]:

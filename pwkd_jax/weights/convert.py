@@ -40,7 +40,12 @@ def convert(
     with storage.opened(file) as content:
         source = {"file": file.name, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
     network = models.create(model, num_classes=classes)
-    variables = pytorch.to_flax(str(file), model, network, shape, found, ignore)
+    try:
+        variables = pytorch.to_flax(str(file), model, network, shape, found, ignore)
+    except UserError as e:
+        if other := _fits(model, classes, channels, found, ignore):
+            raise UserError(f"{file}: does not fit '{model}', but '{other}': use --model={other}") from e
+        raise
     mean, std = (mean, std) if mean else normalisation(model, classes, shape)
     card = weights.card(model, 1.0, 0, classes, shape, mean, std, source)
     try:
@@ -48,6 +53,17 @@ def convert(
     except OSError as e:
         raise UserError(f"--out: '{out}' cannot be written ({e.strerror})") from e
     return card
+
+
+def _fits(model: str, classes: int, channels: int, found: dict, ignore: Sequence[str]) -> str:
+    """The namesake for small images or for ImageNet's that these tensors fit; '' where there is none."""
+    large = model.startswith("imagenet_")
+    other, size = (model.removeprefix("imagenet_"), 32) if large else (f"imagenet_{model}", 224)
+    try:
+        pytorch.to_flax("", other, models.create(other, num_classes=classes), (size, size, channels), found, ignore)
+    except UserError:
+        return ""
+    return other
 
 
 def normalisation(model: str, classes: int, image_shape: Sequence[int]) -> tuple[Sequence[float], Sequence[float]]:
