@@ -1,6 +1,7 @@
 """Configs: every mistake is one sentence that names the key, before anything is compiled."""
 
 import re
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -197,3 +198,14 @@ def test_unknown_keys_cannot_be_set_in_a_file():
     with pytest.raises((AttributeError, KeyError)):
         config.default().student.epochs = 3
     assert isinstance(config.default(), ConfigDict)
+
+
+def test_a_side_that_is_written_in_two_ways_is_one_config():
+    """A workdir of before 0 meant 8/7 of image_size says 256, and is still the same experiment's."""
+    digits = f"--config={Path(__file__).parents[1]}/configs/digits.py"
+    for size, resize, expected in ((0, 256, 0), (0, 0, 0), (224, 256, 0), (224, 0, 0), (224, 232, 232), (64, 256, 256)):
+        streamed = ["--config.data.crop_padding=0", "--config.data.mean=(0.5,)", "--config.data.std=(0.5,)"] if size else []
+        given = [digits, *streamed, f"--config.data.image_size={size}", f"--config.data.resize={resize}"]
+        assert config.load(given)[0].data.resize == expected
+    old = ConfigDict({"data": {"resize": 256, "image_size": 224}})
+    assert config.complete(old, (), "old").data.resize == 0

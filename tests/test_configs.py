@@ -168,3 +168,14 @@ def test_every_pair_takes_a_step_of_distillation(pair, monkeypatch):
 def test_an_unknown_pair_is_a_users_error():
     with pytest.raises(UserError):
         load("cifar100.py:nothing")
+
+
+def test_photos_need_weights_alone_and_fit_their_networks():
+    """configs/folder.py as the README has it: the normalisation is that of the weights."""
+    c = load("folder.py", "--config.teacher.weights=resnet18.safetensors", "--config.teacher.head=new")
+    assert (c.data.name, c.data.image_size, c.data.mean, c.data.crop_padding) == ("folder", 224, (), 0)
+    nets, pupil = definition.networks(c, {"image_shape": (224, 224, 3), "num_classes": 5, "train_images": 100})
+    assert nets["slimmable"].widths == (1.0, 0.75, 0.5, 0.25)
+    assert models.abstract(pupil, (224, 224, 3))["params"]["classifier"]["kernel"].shape == (128, 5)
+    with pytest.raises(UserError, match=r"data\.mean: \(\) is not possible; it should be given"):
+        load("folder.py")

@@ -113,7 +113,16 @@ def complete(given: ConfigDict, overrides: Sequence[str], source: str) -> Config
         if type(value) is not type(known[key]):
             raise UserError(f"{source}: {key} takes {_kind(known[key])}, as in {known[key]!r}, not {value!r}")
         config.update_from_flattened_dict({key: value})
-    return config.lock()
+    return _one_way(config.lock())
+
+
+def _one_way(config: ConfigDict) -> ConfigDict:
+    """What can be written in two ways in one, so that a workdir knows its own: data.resize was 256 once where it is 0 now."""
+    d = config.data
+    if d.resize == round(d.image_size * 8 / 7) or not d.image_size:
+        with config.unlocked():
+            config.data.resize = 0
+    return config
 
 
 def _kind(value: Any) -> str:
@@ -146,7 +155,7 @@ def _normalise(config: ConfigDict) -> ConfigDict:
             parts = tuple(p.strip() for v in value for p in str(v).split(",") if p.strip())
             with config.unlocked():
                 config.update_from_flattened_dict({key: parts})
-    return config
+    return _one_way(config)
 
 
 # Checking.
