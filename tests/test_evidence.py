@@ -31,6 +31,15 @@ def test_the_readme_has_the_table_of_the_screening():
         assert summary["config"]["data"]["test_split"] == "train[45000:]" and summary["environment"]["git_dirty"] is False
 
 
+def test_the_readme_has_the_table_of_the_teacher_that_is_kept():
+    text, kept = (ROOT / "README.md").read_text(), ROOT / "configs/evidence/results/teacher/teacher/slimmable"
+    assert re.search(r"<!-- again -->\n(.*?)\n<!-- end of again -->", text, re.DOTALL)[1] == page.table(page.again())
+    summary, result = page.again()["kd"], json.loads((kept / "result.json").read_text())
+    assert summary["teachers"]["slimmable"]["curve"] == result["curve"] and summary["environment"]["git_dirty"] is False
+    widths = [f"{w['top1_last']:.1f}" for w in sorted(result["widths"], key=lambda w: w["width"])]
+    assert f"({', '.join(widths[:-1])} and {widths[-1]} % at its widths)" in " ".join(text.split())
+
+
 def test_the_teacher_that_is_kept_teaches_every_method():
     kept = ROOT / "configs/evidence/results/teacher"
     facts = json.loads((kept / "data.json").read_text())

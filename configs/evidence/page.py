@@ -3,6 +3,7 @@ experiments as they ended (but for data.data_dir, emptied), and results/explaine
 
     python configs/evidence/page.py                  print the table of the methods in Markdown, as the README has it
     python configs/evidence/page.py --screening      that of the screening
+    python configs/evidence/page.py --again          that of kd under another training of the teacher, results/again/kd.json
     python configs/evidence/page.py --picture FILE   draw them too
 
 A gain is pwkd minus a control, seed by seed; its interval is the 95 % one of Student's t over the seeds.
@@ -27,6 +28,11 @@ def summaries() -> dict[str, dict]:
     """{method: summary} of results/METHOD.json, kd first."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
     return dict(sorted(found.items(), key=lambda item: item[0] != "kd"))
+
+
+def again() -> dict[str, dict]:
+    """{"kd": summary} under the teacher that results/teacher holds, as far as its arms have run."""
+    return {"kd": json.loads((HERE / "results" / "again" / "kd.json").read_text())}
 
 
 def last(summary: dict, arm: str) -> np.ndarray:
@@ -146,9 +152,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--screening", action="store_true")
+    parser.add_argument("--again", action="store_true")
     options = parser.parse_args(arguments)
     found = summaries()
-    print(screening_table() if options.screening else table(found))
+    print(screening_table() if options.screening else table(again()) if options.again else table(found))
     if options.picture:
         picture(found, options.picture)
     return 0
