@@ -104,6 +104,7 @@ def no_optimiser(learning_rate):
     (["optimizer.name=optax:nothing"], "'optax:nothing' cannot be imported"),
     (["optimizer.name=test_optimizers:no_rate"], r"should be a function\(learning_rate=...\)"),
     (["optimizer.name=test_optimizers:no_optimiser"], "did not give an optax optimiser"),
+    (["optimizer.name=optax:lbfgs"], "'optax:lbfgs' did not give an optax optimiser"),
     (["optimizer.name=optax:adam", "optimizer.weight_decay=0.1"], "optimizer.weight_decay: 0.1 .* no place for it"),
     (["optimizer.name=lion", "optimizer.nesterov=true"], "optimizer.nesterov: True .* no place for it"),
     (["ema=1.0"], "student.ema: 1.0 is not possible"),

@@ -61,7 +61,7 @@ def normalisation(config: ConfigDict) -> tuple[tuple[float, ...], tuple[float, .
         if config[who].weights:
             with naming(f"{who}.weights"):
                 card = weights.read(storage.path(config[who].weights, f"{who}.weights"), config[who].model)[1]
-            print(f"note: images are normalised as those of {config[who].weights} were; data.mean and data.std say otherwise")
+            print(f"note: images are normalised as those of {config[who].weights} were; data.mean and data.std change that")
             return tuple(card["mean"]), tuple(card["std"])
     return None
 

@@ -85,7 +85,9 @@ def _whole(name: str, options: dict, clip: optax.GradientTransformation | None =
 
     try:
         inner = optax.inject_hyperparams(fresh)(learning_rate=0.0)
-        inner.init({"kernel": jnp.zeros((2, 2))})
+        like = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+        # Some, such as a line search, ask for more than gradients, which is known once they are called.
+        jax.eval_shape(lambda params: inner.update(params, inner.init(params), params), like)
     except Exception as e:  # of a function of someone's own, which may fail in any way
         raise UserError(f"'{name}' did not give an optax optimiser ({reason(e)})") from e
 
