@@ -15,8 +15,8 @@ sees random crops of 8 to 100 % of the area and ratio 3/4 to 4/3 at 224 pixels, 
 Residual networks: mdistiller's SGD, 0.1 at batch 256 (the linear rule makes that 0.2 at 512), weight decay 1e-4, 100 epochs,
 times 0.1 at 30, 60 and 90. The transformers: DeiT's AdamW, 1e-3 at batch 1024, weight decay 0.05 on kernels, 300 epochs of
 cosine down to 1e-5, warm-up 5 epochs (here of every cycle), RandAugment (2, 9), random erasing by 0.25, and with `kd`, which
-can do with mixed images, mixup 0.8, CutMix 1 and smoothing 0.1 (with other methods set student.mix, where they take it);
-neither repeated augmentation nor stochastic depth. Gradients are clipped to 1, our choice. The form of the staged arms' cycles
+can do with mixed images, mixup 0.8, CutMix 1 and smoothing 0.1 (with other methods set student.mix, where they take it), and
+stochastic depth 0.1; no repeated augmentation. Gradients are clipped to 1, our choice. The form of the staged arms' cycles
 is our default, cosine.
 """
 
@@ -54,6 +54,7 @@ def get_config(arg: str = ""):
             who.duration = "300 epochs"
             who.batch_size = 1024
             who.optimizer.update({"name": "adamw", "weight_decay": 0.05, "decay": "kernels", "clip_norm": 1.0})
+            who.drop_path = 0.1
             who.schedule.update({"peak": 1e-3, "floor": 0.01, "warmup": "5 epochs"})
             if distiller == "kd":
                 who.mix.update({"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1})

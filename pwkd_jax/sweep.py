@@ -10,6 +10,9 @@ The file is TOML: `config`, the same text as --config=, in which {name} stands f
 cross, named so or by config keys; [set], keys that are the same for all. An entry of a list may be a table of keys with its
 own `name`: pair = [{name = "big-small", "teacher.model" = "resnet56", "student.model" = "resnet20"}, ...]
 
+chain = ["resnet56", "resnet32", "resnet20"] in place of [grid] makes a chain of teacher's assistants: each learns from the one
+before it, with dense = true from all before it, in the one arm of [set], by default kd_standard. Its points need their order.
+
 A point is one workdir, ROOT/POINT. Points whose data and teacher keys agree share a teacher, trained by a point of its own,
 ROOT/teachers/MODEL; these come first, and the others need them finished. The axes `arms` and `seed` may split the runs of one
 experiment over points; python -m pwkd_jax.report ROOT puts them together again.
@@ -21,7 +24,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pwkd_jax import storage, train
+from pwkd_jax import export, storage, train
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment.sweep import Point, chosen, command, load, write
 
@@ -51,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = points if options.list else chosen(points, options.run)
         if options.list or options.dry_run:
             for point in wanted:
-                print(points.index(point), shlex.join(["python", "-m", "pwkd_jax.train", *command(point, root)]))
+                before = [] if not point.assistant else [["pwkd_jax.export", point.assistant[0], "--out", point.assistant[1]]]
+                lines = [["python", "-m", *words] for words in (*before, ["pwkd_jax.train", *command(point, root)])]
+                print(points.index(point), " && ".join(map(shlex.join, lines)))
             return 0
         try:
             write(points, root, options.file.stem)
@@ -64,13 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(points: Sequence[Point], root: Path) -> int:
-    """Run points one after the other. A point's own mistake does not stop the others; being told to stop does."""
-    first = 0
+    """Run points one after the other. A point's own mistake does not stop the others, unless they learn from it; being told to
+    stop does."""
+    first, goes_on = 0, (0,) if any(point.assistant for point in points) else (0, 2)
     for point in points:
         print(f"== {point.name}", flush=True)
-        code = train.main(command(point, root))
+        code = export.main([point.assistant[0], "--out", point.assistant[1]]) if point.assistant else 0
+        code = code or train.main(command(point, root))
         first = first or code
-        if code not in (0, 2):
+        if code not in goes_on:
             break
     return first
 

@@ -176,14 +176,20 @@ def check(config: ConfigDict) -> None:
         need(f"{who}.optimizer.weight_decay", o.weight_decay >= 0, "0 or more")
         need(f"{who}.optimizer.clip_norm", o.clip_norm >= 0, "0 (off) or the largest norm")
         try:
-            optimizers.optimizer(**o)
-            misplaced = optimizers.refused(o.name, o, schema.optimizer())
+            plain = {key: value for key, value in o.items() if key != "layer_decay"}
+            optimizers.optimizer(**plain)
+            misplaced = optimizers.refused(o.name, plain, schema.optimizer())
         except UserError as e:
             raise UserError(f"{who}.optimizer.name: {e}") from e
         need(f"{who}.optimizer.{misplaced}", not misplaced, f"left as it is with {o.name}, which has no place for it")
+        need(f"{who}.optimizer.layer_decay", 0 < o.layer_decay <= 1, "above 0 and at most 1, which is off")
+        need(f"{who}.optimizer.layer_decay", o.layer_decay == 1 or ":" not in o.name,
+             "1 with module:function, whose steps come with their learning rate in them")  # fmt: skip
         need(f"{who}.batch_size", g.batch_size >= 1, "at least 1")
         need(f"{who}.accumulate", g.accumulate >= 1 and g.batch_size % g.accumulate == 0,
              f"a number of equal parts of {who}.batch_size, which is {g.batch_size}")  # fmt: skip
+        for rate in models.RATES:
+            need(f"{who}.{rate}", 0 <= g[rate] < 1, "a chance from 0 to below 1")
         need(f"{who}.ema", 0 <= g.ema < 1, "0 (off) or a decay below 1, as in 0.9999")
         need(f"{who}.schedule.per_batch", r.per_batch >= 0, "0 (any) or a number of images")
         for name, most in (("mixup", 100), ("cutmix", 100), ("chance", 1), ("switch", 1), ("smoothing", 0.999),

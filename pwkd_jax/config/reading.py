@@ -42,6 +42,7 @@ def load(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
             raise UserError(f"--config.{key}: {_unknown(key, config)}")
         if isinstance(known[key], tuple) and override.partition("=")[2].lstrip().startswith("{"):  # a set keeps no order
             raise UserError(f"{override}: the key takes a list, as in --config.{key}={known[key]!r}")
+    overrides = [_quoted(o) if isinstance(known[_key(o)], tuple) else o for o in overrides]
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["train", *overrides])
@@ -53,6 +54,14 @@ def load(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     config = _normalise(values.config)
     check(config)
     return config, rest
+
+
+def _quoted(override: str) -> str:
+    """A list of bare paths with each in quotes: ml_collections 1.1 reads a/b,c/d so, but neither /a,/b nor gs://a,gs://b."""
+    key, _, value = override.partition("=")
+    if not any(mark in value for mark in "/:") or any(mark in value for mark in "'\"()[]"):
+        return override
+    return f"{key}=({''.join(f'{word.strip()!r},' for word in value.split(',') if word.strip())})"
 
 
 def _key(override: str) -> str:

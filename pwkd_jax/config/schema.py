@@ -16,6 +16,7 @@ def optimizer() -> ConfigDict:
         "weight_decay": 5e-4,
         "decay": "all",  # all, or kernels: arrays of two or more axes, so neither batch norm nor biases
         "clip_norm": 0.0,  # of the global gradient; 0 is off
+        "layer_decay": 1.0,  # of the learning rate, from each layer to the one before it, as in 0.75; 1 is off
     })  # fmt: skip
 
 
@@ -96,6 +97,8 @@ def default() -> ConfigDict:
         "widths": (0.25, 0.5, 0.75, 1.0),  # the sub-networks
         "divisor": 0,  # channels: 0 exact, otherwise rounded to multiples
         "zero_gamma": False,  # last batch-norm scale of each block starts at 0
+        "drop_path": 0.0,  # stochastic depth: chance of the last residual block being left out, of those before it less
+        "dropout": 0.0,  # before the classifier
         "execution": "take",  # take: sliced; mask: full shapes with zeros. Equal results
         "sampling": "all",  # all widths every step; sandwich: widest, narrowest and drawn ones
         "subnetworks": 4,  # sandwich: how many a step
@@ -125,6 +128,8 @@ def default() -> ConfigDict:
         "head": "keep",  # as the teacher's
         "freeze": (),  # parts that stay as the weights have them, as stem_*,stage1_*; or trunk: all but the classifier
         "width": 1.0,
+        "drop_path": 0.0,  # as the teacher's
+        "dropout": 0.0,
         "teachers": (),  # workdirs whose finished teachers teach beside this one's: at each width the mean of all logits
         "teacher_shares": (),  # of that mean, this experiment's own first; (): equal
         "widths": (),  # the stages' teacher widths in order; (): the teacher's, narrow to wide

@@ -18,7 +18,7 @@ from pwkd_jax.experiment.fellow_teachers import Fellows
 from pwkd_jax.experiment.naming import naming
 from pwkd_jax.models import contract, precision
 from pwkd_jax.reporting.environment import versions
-from pwkd_jax.training import dispatch, loop, optimizers, record, schedules, sharding, students_together
+from pwkd_jax.training import dispatch, layer_decay, loop, optimizers, record, schedules, sharding, students_together
 from pwkd_jax.training.evaluation import Evaluator
 from pwkd_jax.training.task import Task
 
@@ -68,7 +68,13 @@ class Experiment:
 
     def rule(self, who: str, *schedule) -> optimizers.Rule:
         """The optimiser of `who` under its schedule; the arguments are those of `schedule`."""
-        return optimizers.Rule(optimizers.optimizer(**self.config[who].optimizer), self.schedule(who, *schedule))
+        options = dict(self.config[who].optimizer)
+        decay, found = options.pop("layer_decay"), optimizers.optimizer(**options)
+        if decay != 1:
+            net = next(iter(self.teachers.values()), None)  # slimmable and standard are of one family
+            model = self.student if who == "student" else net.members[net.widest]
+            found = layer_decay.scaled(found, layer_decay.layers(model, self.task.image_shape), decay)
+        return optimizers.Rule(found, self.schedule(who, *schedule))
 
     def place(self, tree, how: str = "replicated"):
         return self.task.place(tree, how)
@@ -150,7 +156,7 @@ def networks(config: ConfigDict, facts: dict) -> tuple[dict[str, slimmable.Slimm
     c, shape, classes = config, tuple(facts["image_shape"]), facts["num_classes"]
 
     def family(width: float) -> nn.Module:
-        options = {"divisor": c.teacher.divisor, "zero_gamma": c.teacher.zero_gamma}
+        options = {key: c.teacher[key] for key in ("divisor", "zero_gamma", *models.RATES)}
         with naming("teacher.model"):
             return models.create(c.teacher.model, width=width, num_classes=classes, **options)
 
@@ -161,7 +167,8 @@ def networks(config: ConfigDict, facts: dict) -> tuple[dict[str, slimmable.Slimm
     )}  # fmt: skip
     nets["standard"] = slimmable.build(family, (1.0,), shape, num_classes=classes)
     with naming("student.model"):
-        pupil = models.create(c.student.model, width=c.student.width, num_classes=classes)
+        rates = {key: c.student[key] for key in models.RATES}
+        pupil = models.create(c.student.model, width=c.student.width, num_classes=classes, **rates)
     try:
         contract.check(pupil, shape, "student.model", classes)
     except models.WidthError as e:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pwkd_jax import config, storage
 from pwkd_jax.errors import UserError
-from pwkd_jax.experiment import shared_teachers
+from pwkd_jax.experiment import chain, shared_teachers
 
 FORMAT, VERSION = "pwkd_jax.sweep", 1
 
@@ -19,17 +19,22 @@ TEACHERLESS = "alone"
 
 
 class Point(NamedTuple):
-    """axes: {axis: text}. group: what it shares with the points that differ in `arms` and `seed` alone; "" for a teacher."""
+    """axes: {axis: text}. group: what it shares with the points that differ in `arms` and `seed` alone; "" for a teacher.
+    assistant: (run, folder) of what has to be exported before, see `chain`."""
 
     name: str
     axes: dict[str, str]
     group: str
     arguments: list[str]
+    assistant: tuple[str, str] | None = None
 
 
 def load(path: Path, root: Path) -> list[Point]:
     """All points of a sweep, the teachers' first, each with a config that `config.load` accepts. Raises UserError."""
-    base, grid, fixed = _read(path)
+    base, grid, fixed, models, dense = _read(path)
+    if models is not None:
+        seed = config.load([f"--config={base}"])[0].seed
+        return [_link(path, base, link) for link in chain.links(path, models, dense, fixed, seed, root)]
     points, configs = [], {}
     for entries in itertools.product(*grid.values()):
         axes, overrides, words = {}, dict(fixed), {}
@@ -59,18 +64,32 @@ def load(path: Path, root: Path) -> list[Point]:
     return _with_teachers(points, configs, root)
 
 
-def _read(path: Path) -> tuple[str, dict[str, list], dict[str, Any]]:
+def _link(path: Path, base: str, link: chain.Link) -> Point:
+    arguments = [f"--config={base}", *(f"--config.{key}={_text(value)}" for key, value in link.overrides.items())]
+    arguments.append(f"--config.name={link.name}")
+    try:
+        config.load(arguments)
+    except UserError as e:
+        raise UserError(f"{path}, link {link.name}: {e}") from e
+    return Point(link.name, {"link": link.name}, link.name, arguments, link.assistant)
+
+
+def _read(path: Path) -> tuple[str, dict[str, list], dict[str, Any], Any, bool]:
     try:
         found = tomllib.loads(storage.read(path))
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: is not TOML ({e})") from e
-    if unknown := sorted(found.keys() - {"config", "grid", "set"}):
-        raise UserError(f"{path}: '{unknown[0]}' is not known; a sweep has config, [grid] and [set]")
-    base, grid, fixed = found.get("config"), found.get("grid", {}), found.get("set", {})
-    if not isinstance(base, str) or not isinstance(grid, dict) or not grid or not isinstance(fixed, dict):
-        raise UserError(f"{path}: needs config, as in config = \"configs/digits.py\", and [grid] with a list to cross")
+    if unknown := sorted(found.keys() - {"config", "grid", "set", "chain", "dense"}):
+        raise UserError(f"{path}: '{unknown[0]}' is not known; a sweep has config, [grid] or chain, and [set]")
+    base, grid, fixed, models = found.get("config"), found.get("grid", {}), found.get("set", {}), found.get("chain")
+    tables = isinstance(base, str) and isinstance(grid, dict) and isinstance(fixed, dict)
+    if not tables or bool(grid) == (models is not None):
+        example = 'config = "configs/digits.py"'
+        raise UserError(f"{path}: needs config, as in {example}, and [grid] with a list to cross, or chain")
+    if "dense" in found and (models is None or not isinstance(found["dense"], bool)):
+        raise UserError(f"{path}: dense should be true or false, beside a chain")
     # Bare dotted keys (student.width = [..]) are nested tables in TOML.
     grid, fixed = dict(_flat(grid)), dict(_flat(fixed))
     for axis, entries in grid.items():
@@ -83,7 +102,7 @@ def _read(path: Path) -> tuple[str, dict[str, list], dict[str, Any]]:
         grid[axis] = [dict(_flat(entry)) if isinstance(entry, dict) else entry for entry in entries]
     if missing := [word for word in re.findall(r"\{([^{}]*)\}", base) if word not in grid]:
         raise UserError(f"{path}: config names {{{missing[0]}}}, which is not in [grid]")
-    return base, grid, fixed
+    return base, grid, fixed, models, found.get("dense", False)
 
 
 def _flat(table: dict, prefix: str = ""):

@@ -135,6 +135,8 @@ def _fields(make: Callable[..., Any]) -> set[str] | None:
     return None if any(p.kind is p.VAR_KEYWORD for p in found.values()) else {*found}
 
 
+# What a family of ours may be told to leave out at random in training.
+RATES = ("drop_path", "dropout")
 FIELDS = {"width": "width: float = 1.0", "num_classes": "num_classes: int = 10"}
 
 
@@ -222,7 +224,9 @@ def draws(model: Any, image_shape: tuple[int, ...]) -> bool:
     """Whether a model asks for random numbers in training, as dropout does; found by shapes alone for images [H, W, C]."""
     while not isinstance(model, nn.Module):
         model = model.model  # what `precision` and `batch_norm_folding` put around it
-    return not ours(model) and _draws(model, tuple(image_shape))
+    if ours(model) and not any(getattr(model, rate, 0.0) for rate in RATES):
+        return False
+    return _draws(model, tuple(image_shape))
 
 
 @functools.lru_cache(maxsize=256)

@@ -26,9 +26,23 @@ def affine(norm: nn.Module) -> tuple[jax.Array, jax.Array]:
     return norm.variables["params"]["scale"], norm.variables["params"]["bias"]
 
 
-def classify(pooled: jax.Array, num_classes: int, kernel_init=uniform, bias_init=None):
-    """(logits [B, classes], (kernel, bias)) of a linear layer `classifier` of the calling module on [B, D]."""
+def classify(pooled: jax.Array, num_classes: int, kernel_init=uniform, bias_init=None, dropout: float = 0.0):
+    """(logits [B, classes], (kernel, bias)) of a linear layer `classifier` of the calling module on [B, D].
+
+    dropout: chance of each of the D features being left out; 0 where the network predicts.
+    """
     bias_init = bias_init or uniform_bias(pooled.shape[-1])
     layer = nn.Dense(num_classes, kernel_init=kernel_init, bias_init=bias_init, name="classifier")
-    logits = layer(pooled)
+    logits = layer(nn.Dropout(dropout, deterministic=False)(pooled) if dropout else pooled)
     return logits, (layer.variables["params"]["kernel"], layer.variables["params"]["bias"])
+
+
+def drop_path(branch: jax.Array, rate: float) -> jax.Array:
+    """Stochastic depth (Huang et al. 2016): the branch [B, ...] of a residual block, of each image left out with chance `rate`
+    and otherwise divided by 1 - rate, as timm and torchvision do; rate is 0 where the network predicts."""
+    return nn.Dropout(rate, broadcast_dims=tuple(range(1, branch.ndim)), deterministic=False)(branch) if rate else branch
+
+
+def drop_rates(rate: float, blocks: int) -> list[float]:
+    """Of each residual block in turn, rising evenly from 0 to `rate`, as in timm and DeiT."""
+    return [rate * b / max(blocks - 1, 1) for b in range(blocks)]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pwkd_jax.models import Outputs, channels
-from pwkd_jax.models.layers import BatchNorm, Conv, affine, classify, small_normal, uniform
+from pwkd_jax.models.layers import BatchNorm, Conv, affine, classify, drop_path, drop_rates, small_normal, uniform
 
 KNOWN = ("MobileNetV2", "imagenet_MobileNetV1", "imagenet_MobileNetV2")
 
@@ -52,6 +52,7 @@ class InvertedResidual(nn.Module):
     expand: bool
     add: bool
     relu6: bool
+    drop: float
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -62,7 +63,7 @@ class InvertedResidual(nn.Module):
         y = relu(norm(name="depthwise_bn")(depthwise(self.middle, self.stride, name="depthwise_conv")(y)))
         last = norm(name="project_bn")
         y = last(Conv(self.features, (1, 1), name="project_conv")(y))
-        return (x + y if self.add else y), affine(last)
+        return (x + drop_path(y, self.drop) if self.add else y), affine(last)
 
 
 class MobileNetV2(nn.Module):
@@ -79,6 +80,8 @@ class MobileNetV2(nn.Module):
     width: float = 1.0
     num_classes: int = 10
     divisor: int = 0
+    drop_path: float = 0.0
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
@@ -87,12 +90,13 @@ class MobileNetV2(nn.Module):
         x = Conv(slim(self.stem), (3, 3), strides=2, padding=1, name="stem_conv")(x)
         x = first = relu(norm(name="stem_bn")(x))
         stages, norms, before = [], [], self.stem
+        drops = iter(drop_rates(train * self.drop_path, sum(n for _, _, n, _ in self.groups)))
         for g, (expansion, full, count, stride) in enumerate(self.groups):
             for b in range(count):
                 step = stride if b == 0 else 1
                 expand = expansion > 1 or self.expand_first
                 block = InvertedResidual(slim(before) * expansion, slim(full), step, expand, step == 1 and before == full,
-                                         self.relu6, name=f"group{g + 1}_block{b + 1}")  # fmt: skip
+                                         self.relu6, next(drops), name=f"group{g + 1}_block{b + 1}")  # fmt: skip
                 x, last = block(x, train)
                 before = full
             if g in (1, 2, 4, 6):
@@ -100,7 +104,7 @@ class MobileNetV2(nn.Module):
                 norms.append(last)
         x = relu(norm(name="last_bn")(Conv(slim(1280), (1, 1), name="last_conv")(x)))
         pooled = jnp.mean(x, axis=(1, 2))
-        logits, head = classify(pooled, self.num_classes, small_normal, nn.initializers.zeros)
+        logits, head = classify(pooled, self.num_classes, small_normal, nn.initializers.zeros, train * self.dropout)
         return Outputs(logits, tuple(stages), tuple(stages), pooled, head, tuple(norms), first, x)
 
     def torch_names(self, module: str) -> tuple[str, ...]:
@@ -128,6 +132,7 @@ class MobileNetV1(nn.Module):
     width: float = 1.0
     num_classes: int = 10
     divisor: int = 0
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
@@ -147,7 +152,7 @@ class MobileNetV1(nn.Module):
                 preact.append(pre)
                 norms.append(affine(last))
         pooled = jnp.mean(x, axis=(1, 2))
-        logits, head = classify(pooled, self.num_classes)
+        logits, head = classify(pooled, self.num_classes, dropout=train * self.dropout)
         stages = tuple(nn.relu(p) for p in preact)
         return Outputs(logits, stages, tuple(preact), pooled, head, tuple(norms), first, x)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pwkd_jax.models import Outputs, channels
-from pwkd_jax.models.layers import BatchNorm, Conv, affine, classify
+from pwkd_jax.models.layers import BatchNorm, Conv, affine, classify, drop_path, drop_rates
 
 KNOWN = (
     *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)),
@@ -41,13 +41,14 @@ def parse(name: str):
 
 class Block(nn.Module):
     """Two 3x3 convolutions, or a 1x1-3x3-1x1 bottleneck, plus shortcut; returns the sum, before its ReLU, and the last
-    batch norm's (scale, bias). features: channels of the sum."""
+    batch norm's (scale, bias). features: channels of the sum. drop: see `layers.drop_path`."""
 
     features: int
     stride: int
     project: bool
     bottleneck: bool
     zero_gamma: bool
+    drop: float
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -67,7 +68,7 @@ class Block(nn.Module):
         if self.project:
             x = Conv(self.features, (1, 1), strides=self.stride, padding=0, name="shortcut_conv")(x)
             x = norm(name="shortcut_bn")(x)
-        return x + y, affine(bn)
+        return x + drop_path(y, self.drop), affine(bn)
 
 
 class ResNet(nn.Module):
@@ -75,7 +76,7 @@ class ResNet(nn.Module):
 
     blocks: of each stage. full_channels: of the stem and the stages at width 1, for bottlenecks of their 3x3 convolutions.
     divisor: see `models.channels`. zero_gamma: start each block's last batch-norm scale at 0 (BigNAS and AttentiveNAS do,
-    S-Net does not).
+    S-Net does not). drop_path: the last block's, see `layers.drop_path`; dropout: before the classifier; in training only.
     """
 
     blocks: tuple[int, ...] = (3, 3, 3)
@@ -86,6 +87,8 @@ class ResNet(nn.Module):
     num_classes: int = 10
     divisor: int = 0
     zero_gamma: bool = False
+    drop_path: float = 0.0
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
@@ -97,20 +100,21 @@ class ResNet(nn.Module):
         if self.large_stem:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         preact, norms, before = [], [], self.full_channels[0]
+        drops = iter(drop_rates(train * self.drop_path, sum(self.blocks)))
         for s, (count, full) in enumerate(zip(self.blocks, self.full_channels[1:], strict=True)):
             for b in range(count):
                 stride = 2 if s and not b else 1
                 # Decided at full width, so that every width has the same tree of parameters.
                 project = not b and (stride != 1 or before != full * expansion)
                 block = Block(inner[s] * expansion, stride, project, self.bottleneck, self.zero_gamma,
-                              name=f"stage{s + 1}_block{b + 1}")  # fmt: skip
+                              next(drops), name=f"stage{s + 1}_block{b + 1}")  # fmt: skip
                 pre, norm = block(x, train)
                 x = nn.relu(pre)
             before = full * expansion
             preact.append(pre)
             norms.append(norm)
         pooled = jnp.mean(x, axis=(1, 2))
-        logits, head = classify(pooled, self.num_classes)
+        logits, head = classify(pooled, self.num_classes, dropout=train * self.dropout)
         stages = tuple(nn.relu(p) for p in preact)
         return Outputs(logits, stages, tuple(preact), pooled, head, tuple(norms), first, x)
 

@@ -72,6 +72,7 @@ class ShuffleV1(nn.Module):
     width: float = 1.0
     num_classes: int = 10
     divisor: int = 0
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
@@ -93,7 +94,7 @@ class ShuffleV1(nn.Module):
             preact.append(pre)
             norms.append(norm)
         pooled = jnp.mean(x, axis=(1, 2))
-        logits, head = classify(pooled, self.num_classes)
+        logits, head = classify(pooled, self.num_classes, dropout=train * self.dropout)
         stages = tuple(nn.relu(p) for p in preact)
         return Outputs(logits, stages, tuple(preact), pooled, head, tuple(norms), first, x)
 
@@ -147,6 +148,7 @@ class ShuffleV2(nn.Module):
     width: float = 1.0
     num_classes: int = 10
     divisor: int = 0
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
@@ -166,7 +168,7 @@ class ShuffleV2(nn.Module):
         x = Conv(slim(self.full_channels[-1]), (1, 1), name="last_conv")(x)
         x = nn.relu(norm(name="last_bn")(x))
         pooled = jnp.mean(x, axis=(1, 2))
-        logits, head = classify(pooled, self.num_classes)
+        logits, head = classify(pooled, self.num_classes, dropout=train * self.dropout)
         return Outputs(logits, tuple(stages), tuple(preact), pooled, head, (), first, x)
 
     @staticmethod

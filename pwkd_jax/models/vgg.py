@@ -34,6 +34,7 @@ class VGG(nn.Module):
     width: float = 1.0
     num_classes: int = 10
     divisor: int = 0
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
@@ -52,7 +53,7 @@ class VGG(nn.Module):
             if i in pools:
                 x = nn.max_pool(x, (2, 2), (2, 2))
         pooled = jnp.mean(x, axis=(1, 2))
-        logits, head = classify(pooled, self.num_classes, small_normal, nn.initializers.zeros)
+        logits, head = classify(pooled, self.num_classes, small_normal, nn.initializers.zeros, train * self.dropout)
         stem, *stages = (nn.relu(p) for p in preact)
         return Outputs(logits, tuple(stages), tuple(preact[1:]), pooled, head, tuple(norms[1:]), stem, x)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pwkd_jax.models import Outputs, channels
-from pwkd_jax.models.layers import classify, uniform, uniform_bias
+from pwkd_jax.models.layers import classify, drop_path, drop_rates, uniform, uniform_bias
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # channels of the stream, heads
 KNOWN = tuple(f"vit_{size}_patch16" for size in SIZES)
@@ -40,6 +40,7 @@ class Block(nn.Module):
     heads: int
     head_features: int
     hidden: int
+    drop: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -48,10 +49,10 @@ class Block(nn.Module):
             self.heads, qkv_features=self.heads * self.head_features, out_features=features, kernel_init=normal,
             deterministic=True, name="attention",
         )  # fmt: skip
-        x = x + attention(LayerNorm(name="norm1")(x))
+        x = x + drop_path(attention(LayerNorm(name="norm1")(x)), self.drop)
         y = nn.Dense(self.hidden, kernel_init=normal, name="mlp1")(LayerNorm(name="norm2")(x))
         y = nn.gelu(y, approximate=False)
-        return x + nn.Dense(features, kernel_init=normal, name="mlp2")(y)
+        return x + drop_path(nn.Dense(features, kernel_init=normal, name="mlp2")(y), self.drop)
 
 
 class ViT(nn.Module):
@@ -60,7 +61,7 @@ class ViT(nn.Module):
     pooled is the class token after the last norm. stages are the patch tokens of the residual stream after each quarter of
     the blocks, as maps [B, H / patch, W / patch, features]; they pass no ReLU, so `preact` holds the same maps.
     features: channels of the stream; heads, and hidden = 4 * features, are those at width 1. divisor: of the hidden layer,
-    see `models.channels`.
+    see `models.channels`. drop_path, dropout: as those of `resnet.ResNet`.
     """
 
     patch: int = 16
@@ -70,6 +71,8 @@ class ViT(nn.Module):
     width: float = 1.0
     num_classes: int = 10
     divisor: int = 0
+    drop_path: float = 0.0
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
@@ -84,12 +87,12 @@ class ViT(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, features)), x], axis=1)
         x = x + self.param("position", normal, (1, height * width + 1, features))
         stages = []
-        for b in range(1, self.depth + 1):
-            x = Block(heads, self.features // self.heads, hidden, name=f"block{b}")(x)
+        for b, drop in enumerate(drop_rates(train * self.drop_path, self.depth), start=1):
+            x = Block(heads, self.features // self.heads, hidden, drop, name=f"block{b}")(x)
             if 4 * b % self.depth == 0:
                 stages.append(x[:, 1:].reshape(batch, height, width, features))
         pooled = LayerNorm(name="final_norm")(x)[:, 0]
-        logits, head = classify(pooled, self.num_classes, normal, nn.initializers.zeros)
+        logits, head = classify(pooled, self.num_classes, normal, nn.initializers.zeros, train * self.dropout)
         return Outputs(logits, tuple(stages), tuple(stages), pooled, head, (), stem)
 
     @staticmethod

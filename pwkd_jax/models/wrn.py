@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pwkd_jax.models import Outputs, channels
-from pwkd_jax.models.layers import BatchNorm, Conv, affine, classify
+from pwkd_jax.models.layers import BatchNorm, Conv, affine, classify, drop_path, drop_rates
 
 KNOWN = tuple(f"wrn_{depth}_{k}" for depth in (16, 40) for k in (1, 2))
 
@@ -34,6 +34,7 @@ class Block(nn.Module):
     features: int
     stride: int
     project: bool
+    drop: float
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
@@ -45,13 +46,14 @@ class Block(nn.Module):
             x = Conv(self.features, (1, 1), strides=self.stride, padding=0, name="shortcut_conv")(y)
         y = Conv(self.features, (3, 3), strides=self.stride, padding=1, name="conv1")(y)
         y = Conv(self.features, (3, 3), padding=1, name="conv2")(nn.relu(norm(name="bn2")(y)))
-        return x + y, normed, affine(first)
+        return x + drop_path(y, self.drop), normed, affine(first)
 
 
 class WideResNet(nn.Module):
     """Images [B, H, W, C] to Outputs with three stage maps at H, H/2 and H/4.
 
     blocks: of each stage. full_channels: of the stem and the three stages at width 1. divisor: see `models.channels`.
+    drop_path, dropout: as those of `resnet.ResNet`.
     """
 
     blocks: int = 2
@@ -59,16 +61,20 @@ class WideResNet(nn.Module):
     width: float = 1.0
     num_classes: int = 10
     divisor: int = 0
+    drop_path: float = 0.0
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
         stem, *features = (channels(c, self.width, self.divisor) for c in self.full_channels)
         x = first = Conv(stem, (3, 3), padding=1, name="stem_conv")(x)
         sums, preact, norms = [], [], []
+        drops = iter(drop_rates(train * self.drop_path, 3 * self.blocks))
         for s in range(3):
             for b in range(self.blocks):
                 project = not b and self.full_channels[s] != self.full_channels[s + 1]
-                block = Block(features[s], 2 if s and not b else 1, project, name=f"stage{s + 1}_block{b + 1}")
+                stride = 2 if s and not b else 1
+                block = Block(features[s], stride, project, next(drops), name=f"stage{s + 1}_block{b + 1}")
                 x, normed, norm = block(x, train)
                 if s and not b:  # the norm that the previous stage's sum runs into
                     preact.append(normed)
@@ -79,7 +85,7 @@ class WideResNet(nn.Module):
         norms.append(affine(last))
         final = nn.relu(preact[-1])
         pooled = jnp.mean(final, axis=(1, 2))
-        logits, head = classify(pooled, self.num_classes, bias_init=nn.initializers.zeros)
+        logits, head = classify(pooled, self.num_classes, bias_init=nn.initializers.zeros, dropout=train * self.dropout)
         return Outputs(logits, tuple(sums), tuple(preact), pooled, head, tuple(norms), first, final)
 
     @staticmethod
