@@ -12,7 +12,8 @@ The recipe is RepDistiller's: SGD with momentum 0.9 and weight decay 5e-4 on eve
 for MobileNetV2 and the ShuffleNets), times 0.1 at 150, 180 and 210, random crop after 4 pixels of zeros, flip. The teacher and
 the arms of one cycle follow it; the cycles of the staged arms are our default, cosine, for the paper's are unknown.
 
-We have not run it, so no accuracy or time of ours is claimed. For orientation, RepDistiller's own published top-1 in percent
+We have not run it, so no accuracy or time of ours is claimed; configs/tiny_imagenet100.py:PAIR,METHOD,small is the recipe at a
+size that a laptop runs. For orientation, RepDistiller's own published top-1 in percent
 at the last epoch, with ordinary teachers, neither ours nor partial to whole:
 
                           teacher  student  KD                                   teacher  student  KD

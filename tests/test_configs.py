@@ -105,6 +105,18 @@ def test_imagenet_pairs(pair):
     assert (review.weight, review.warmup_epochs) == (IMAGENET[pair][1], 1.0)
 
 
+def test_imagenets_small_twin_is_the_recipe():
+    """But for the images, their size and how long: networks, method, augmentation, mixing and optimiser, its rate by the batch."""
+    for pair in IMAGENET:
+        full, small = (dict(config.leaves(load(f"imagenet.py:{pair},kd{word}"))) for word in ("", ",small"))
+        differ = {key for key in full if full[key] != small[key]}
+        assert differ <= {"name", "seeds", "data.name", "data.num_classes", "data.image_size", "data.train_split", "data.test_split",
+                          "evaluation.every", *(f"{who}.{key}" for who in ("teacher", "student") for key in
+                          ("duration", "batch_size", "schedule.per_batch", "schedule.warmup"))}  # fmt: skip
+        peaks = [c["student.schedule.peak"] / (c["student.schedule.per_batch"] or c["student.batch_size"]) for c in (full, small)]
+        assert peaks[0] == peaks[1]
+
+
 @pytest.mark.parametrize(
     "spec, sentence",
     [
@@ -114,7 +126,7 @@ def test_imagenet_pairs(pair):
         ("cifar100.py:vgg13-vgg8,", r"'vgg13-vgg8,' has an empty word"),
         ("cifar100.py:vgg13-vgg8,dkd,standardised", r"after vgg13-vgg8,kd the word 'standardised' may follow"),
         ("tiny_imagenet100.py:vgg13,small", r"there is no pair 'vgg13'"),
-        ("imagenet.py:resnet34-resnet18,kd,small", r"is too long; write a pair and a distiller"),
+        ("imagenet.py:resnet34-resnet18,kd,big", r"is too long; write a pair and a distiller"),
         ("imagenet.py:vgg13-vgg8", r"there is no pair 'vgg13-vgg8'; known are resnet34-resnet18"),
     ],
 )
@@ -147,12 +159,13 @@ def test_every_pair_takes_a_step_of_distillation(pair, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *_: data.Dataset("cifar100", split, split, 100))
     c = load(f"cifar100.py:{pair}", "--config.student.batch_size=4", "--config.teacher.batch_size=4")
     made = definition.prepare(c)
-    net, plan, tx = made.teachers["slimmable"], made.plan("pwkd"), optimizers.optimizer(**c.student.optimizer)
+    net, plan = made.teachers["slimmable"], made.plan("pwkd")
+    tx, schedule = made.rule("student", *made.spans(plan))
     width = plan[0].widths[0]
     assert width == 0.25
     distillation = made.distillation("slimmable", [width])
     step = student.make_step(
-        made.student, net.members, plan[0].widths, distillation, plan, tx, made.schedule("student", *made.spans(plan)),
+        made.student, net.members, plan[0].widths, distillation, plan, tx, schedule,
         made.task.preprocess, images=8,
     )  # fmt: skip
     teacher = jax.jit(lambda key: net.extract(*net.init(key, (32, 32, 3)), width))(jax.random.key(1))

@@ -1,9 +1,11 @@
-"""The evidence as tables and a picture, made from results/METHOD.json and results/screening/VARIANT.json, summary.json of the
-experiments as they ended (but for data.data_dir, emptied), and results/explained/kd.json of explain.py.
+"""The evidence as tables and a picture, made from the files below results: summary.json of the experiments as they ended (but
+for data.data_dir, emptied), and explained/kd.json of explain.py.
 
-    python configs/evidence/page.py                  print the table of the methods in Markdown, as the README has it
-    python configs/evidence/page.py --screening      that of the screening
-    python configs/evidence/page.py --again          that of kd under another training of the teacher, results/again/kd.json
+    python configs/evidence/page.py                  METHOD.json, the arms and the methods in Markdown, as in the README
+    python configs/evidence/page.py --first          first/kd.json, the same arms under another training of the teacher
+    python configs/evidence/page.py --again          again/kd.json, three of the cells of kd.json on another machine
+    python configs/evidence/page.py --screening      screening/VARIANT.json
+    python configs/evidence/page.py --confirmation   confirmation/VARIANT.json
     python configs/evidence/page.py --picture FILE   draw them too
 
 A gain is pwkd minus a control, seed by seed; its interval is the 95 % one of Student's t over the seeds.
@@ -30,9 +32,21 @@ def summaries() -> dict[str, dict]:
     return dict(sorted(found.items(), key=lambda item: item[0] != "kd"))
 
 
-def again() -> dict[str, dict]:
-    """{"kd": summary} under the teacher that results/teacher holds, as far as its arms have run."""
-    return {"kd": json.loads((HERE / "results" / "again" / "kd.json").read_text())}
+def other(name: str) -> dict[str, dict]:
+    """{"kd": summary} of results/first or results/again."""
+    return {"kd": json.loads((HERE / "results" / name / "kd.json").read_text())}
+
+
+def again_table() -> str:
+    """The cells of kd.json that ran again, and how far each seed came from where it was."""
+    here, there = summaries()["kd"], other("again")["kd"]
+    rows = ["| KD | committed | again | seed by seed | n |", "|---|---|---|---|---|"]
+    for arm in (arm for arm in ORDER if arm in there["arms"]):
+        ours, theirs = last(here, arm), last(there, arm)
+        means = [f"{s.mean():.2f} ± {s.std(ddof=1):.2f}" for s in (ours, theirs)]
+        differences = " ".join(f"{d:+.2f}" for d in theirs - ours)
+        rows.append(f"| `{arm}` | {' | '.join(means)} | {differences} | {len(ours)} |")
+    return "\n".join(rows)
 
 
 def last(summary: dict, arm: str) -> np.ndarray:
@@ -71,12 +85,7 @@ def table(found: dict[str, dict]) -> str:
     if len(found) > 1:
         rows += ["", "| method | `kd_whole` | `kd_whole_cyclic` | `pwkd` | `pwkd` over its better control | n |",
                  "|---|---|---|---|---|---|"]  # fmt: skip
-        for method, summary in found.items():
-            _, mean, half = gain(summary)
-            scores = [last(summary, arm) for arm in (*CONTROLS, "pwkd")]
-            cells = [f"{s.mean():.2f} ± {s.std(ddof=1):.2f}" for s in scores]
-            cells += [f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})", str(len(scores[0]))]
-            rows.append(f"| `{method}` | {' | '.join(cells)} |")
+        rows += [_row(method, summary) for method, summary in found.items()]
     return "\n".join(rows)
 
 
@@ -99,6 +108,27 @@ def screening_table() -> str:
         between = f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
         rows.append(f"| `{name}` | {theirs.mean():.2f} | {ours.mean():.2f} | {between} | {len(ours)} |")
     return "\n".join(rows)
+
+
+def confirmed() -> dict[str, dict]:
+    """{variant: summary} of the confirmation, in the order of the screening."""
+    found = {path.stem: json.loads(path.read_text()) for path in (HERE / "results" / "confirmation").glob("*.json")}
+    return {name: found[name] for name in screened() if name in found}
+
+
+def confirmation_table() -> str:
+    """Every variant that was confirmed, or was not."""
+    head = "| variant | `kd_whole` | `kd_whole_cyclic` | `pwkd` | `pwkd` over its better control | n |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *(_row(name, summary) for name, summary in confirmed().items())])
+
+
+def _row(name: str, summary: dict) -> str:
+    """Both controls and pwkd, with the gain of the latter."""
+    _, mean, half = gain(summary)
+    scores = [last(summary, arm) for arm in (*CONTROLS, "pwkd")]
+    cells = [f"{s.mean():.2f} ± {s.std(ddof=1):.2f}" for s in scores]
+    cells += [f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})", str(len(scores[0]))]
+    return f"| `{name}` | {' | '.join(cells)} |"
 
 
 def picture(found: dict[str, dict], path: Path) -> None:
@@ -131,7 +161,9 @@ def picture(found: dict[str, dict], path: Path) -> None:
     scores = [last(kd, arm) for arm in shown]
     arms.errorbar([s.mean() for s in scores], shown, xerr=[s.std(ddof=1) for s in scores], fmt="o", color="#333333", capsize=3)
     arms.set(title="last top-1, %, mean and std")
-    _gains(gains, {method: gain(summary)[1:] for method, summary in found.items()})
+    each = {"kd, first teacher": other("first")["kd"], **found}
+    each |= {f"kd, {name.replace('_', ' ')}": summary for name, summary in confirmed().items()}
+    _gains(gains, {name: gain(summary)[1:] for name, summary in reversed(each.items())})
     gains.set_title("pwkd minus its better control,\npoints, 95 % interval", fontsize=9)
     variants = {f"{name}": interval(ours - theirs) for name, (ours, theirs) in screened().items()}
     _gains(screening, dict(reversed(variants.items())))
@@ -151,13 +183,15 @@ def _gains(axes, each: dict[str, tuple[float, float]]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--screening", action="store_true")
-    parser.add_argument("--again", action="store_true")
+    tables = {"first": lambda: table(other("first")), "again": again_table, "screening": screening_table,
+              "confirmation": confirmation_table}  # fmt: skip
+    which = parser.add_mutually_exclusive_group()
+    for name in tables:
+        which.add_argument(f"--{name}", dest="which", action="store_const", const=name)
     options = parser.parse_args(arguments)
-    found = summaries()
-    print(screening_table() if options.screening else table(again()) if options.again else table(found))
+    print(tables[options.which]() if options.which else table(summaries()))
     if options.picture:
-        picture(found, options.picture)
+        picture(summaries(), options.picture)
     return 0
 
 

@@ -111,6 +111,9 @@ def check(config: ConfigDict) -> None:
     slimmable_teaches = any(arm not in ("alone", "kd_standard") for arm in c.arms)
     need("teacher.freeze", not (t.freeze and slimmable_teaches),
          "() where an arm is taught by the slimmable teacher, whose narrow widths are still to be trained")  # fmt: skip
+    need("teacher.image_size", t.image_size >= 0, "0 (as the student's) or the pixels each way that it sees")
+    need("teacher.std", len(t.std) == len(t.mean), "one number for each channel, given together with teacher.mean")
+    data.check_normalisation(t.mean, t.std, "teacher.mean", "teacher.std")
     one_of("teacher.order", ("bn_scale", "l1", "none"))
     one_of("teacher.execution", ("take", "mask"))
     one_of("teacher.sampling", ("all", "sandwich"))

@@ -95,6 +95,9 @@ def default() -> ConfigDict:
         "run": "",  # the workdir of another experiment whose finished teachers teach here too, instead of ones trained anew
         "order": "bn_scale",  # of its channels, the most important first, by bn_scale or l1; or none
         "widths": (0.25, 0.5, 0.75, 1.0),  # the sub-networks
+        "image_size": 0,  # it sees the images resized to so many pixels each way; 0: as the student does
+        "mean": (),  # and normalised by these, of pixels in [0, 1]; (): as the student does
+        "std": (),
         "divisor": 0,  # channels: 0 exact, otherwise rounded to multiples
         "zero_gamma": False,  # last batch-norm scale of each block starts at 0
         "drop_path": 0.0,  # stochastic depth: chance of the last residual block being left out, of those before it less

@@ -16,7 +16,7 @@ from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import fellow_teachers, starting
 from pwkd_jax.experiment.fellow_teachers import Fellows
 from pwkd_jax.experiment.naming import naming
-from pwkd_jax.models import contract, precision
+from pwkd_jax.models import contract, precision, sight
 from pwkd_jax.reporting.environment import versions
 from pwkd_jax.training import dispatch, layer_decay, loop, optimizers, record, schedules, sharding, students_together
 from pwkd_jax.training.evaluation import Evaluator
@@ -111,11 +111,12 @@ class Experiment:
     def distillation(self, teacher: str, widths: Iterable[float]) -> distillers.Distillation:
         return fit_distiller(self.config, self.facts, self.teaching(teacher), self.student, widths)
 
-    def card(self, model: str, width: float, divisor: int, source: dict) -> dict:
+    def card(self, model: str, width: float, divisor: int, source: dict, seen: dict | None = None) -> dict:
         f = self.facts
         own = {"experiment": self.config.name, "data": f["name"], "test_split": self.config.data.test_split,
                "digests": f["digests"], "made_with": versions(), **source}  # fmt: skip
-        card = weights.card(model, width, divisor, f["num_classes"], f["image_shape"], f["mean"], f["std"], own)
+        card = weights.card(model, width, divisor, f["num_classes"], f["image_shape"], f["mean"], f["std"], own,
+                            sees=seen)  # fmt: skip
         return card | {"classes": f["classes"]}
 
 
@@ -151,14 +152,24 @@ def read_facts(path: Path) -> dict:
     return facts
 
 
+def sees(config: ConfigDict, facts: dict) -> dict | None:
+    """How the teacher of a config sees the images of these data, see `sight.sees`. Raises UserError."""
+    t = config.teacher
+    if t.mean and len(t.mean) != facts["image_shape"][-1]:
+        raise UserError(f"teacher.mean: has {len(t.mean)} numbers for images of {facts['image_shape'][-1]} channels")
+    return sight.sees(t.image_size, (t.mean, t.std), (facts.get("mean", ()), facts.get("std", ())))
+
+
 def networks(config: ConfigDict, facts: dict) -> tuple[dict[str, slimmable.Slimmable], nn.Module]:
     """({name: teacher}, student) of a config, built and checked by shapes alone, computed as it says. Raises UserError."""
     c, shape, classes = config, tuple(facts["image_shape"]), facts["num_classes"]
 
+    seen = sees(c, facts)
+
     def family(width: float) -> nn.Module:
         options = {key: c.teacher[key] for key in ("divisor", "zero_gamma", *models.RATES)}
         with naming("teacher.model"):
-            return models.create(c.teacher.model, width=width, num_classes=classes, **options)
+            return sight.wrap(models.create(c.teacher.model, width=width, num_classes=classes, **options), seen)
 
     # Built even where no arm needs it: a width that does not fit is a mistake in the config all the same.
     nets = {"slimmable": slimmable.build(

@@ -62,7 +62,7 @@ def load(target: str, width: float | None = None, model: str = "", kinds: str = 
     found, variables, about = read(target, workdir, run, step, width, config, facts)
     card = weights.card(
         about.pop("model"), about.pop("width"), about.pop("divisor"), facts["num_classes"], facts["image_shape"],
-        facts["mean"], facts["std"], source | about.pop("source"),
+        facts["mean"], facts["std"], source | about.pop("source"), sees=about.pop("sees", None),
     )  # fmt: skip
     card["classes"] = split["classes"] = list(facts.get("classes", ()))
     split["digest"] = facts.get("digests", {}).get("test")
@@ -95,7 +95,7 @@ def _teacher(target: str, workdir: Path, run: Path, step: int | None, width: flo
     width = net.table[0] if width is None else width
     if width not in net.table:
         raise UserError(f"--width: {target} has the widths {', '.join(f'{w:g}' for w in sorted(net.table))}, not {width:g}")
-    about = {"model": c.model, "width": width, "divisor": c.divisor}
+    about = {"model": c.model, "width": width, "divisor": c.divisor, "sees": definition.sees(config, facts)}
     if step is None:
         path = run / f"width_{slimmable.width_key(width)}.safetensors"
         if not storage.exists(path):

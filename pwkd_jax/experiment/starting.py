@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from pwkd_jax import models, slimmable, storage, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment.naming import naming
-from pwkd_jax.models import channel_order, precision
+from pwkd_jax.models import channel_order, precision, sight
 from pwkd_jax.training import freezing
 
 Path = tuple[str, ...]  # of an array in the variables
@@ -47,10 +47,14 @@ def given(config: ConfigDict, facts: dict, who: str, model: nn.Module) -> dict:
         raise UserError(
             f"{who}.weights: {c.weights} {other_classes(theirs, ours)}; use weights of these classes, or {who}.head=new"
         )
-    if any(abs(a - b) > 1e-3 for key in ("mean", "std") for a, b in zip(card[key], facts[key], strict=True)):
-        own = " and ".join(f"data.{key}=({','.join(f'{x:.4f}' for x in card[key])})" for key in ("mean", "std"))
+    wants = sight.wanted(card)
+    seen = (c.mean, c.std) if who == "teacher" and c.mean else (facts["mean"], facts["std"])
+    if any(abs(a - b) > 1e-3 for own, now in zip(wants, seen, strict=True) for a, b in zip(own, now, strict=True)):
+        mean, std = (f"({','.join(f'{x:.4f}' for x in values)})" for values in wants)
+        also = " (teacher.mean and teacher.std, where the student's differ)" if who == "teacher" else ""
         raise UserError(
-            f"{who}.weights: {c.weights} was trained on images normalised by another mean or std; set {own}, or leave both away"
+            f"{who}.weights: {c.weights} was trained on images normalised by another mean or std; set data.mean={mean} and "
+            f"data.std={std}{also}, or leave both away"
         )
     return variables
 
@@ -58,19 +62,20 @@ def given(config: ConfigDict, facts: dict, who: str, model: nn.Module) -> dict:
 def normalisation(config: ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """(mean, std) by which the images of given weights were normalised, the teacher's first; None without any."""
     for who in ("teacher", "student"):
-        if config[who].weights:
+        if config[who].weights and not (who == "teacher" and config.teacher.mean):
             with naming(f"{who}.weights"):
                 card = weights.read(storage.path(config[who].weights, f"{who}.weights"), config[who].model)[1]
             print(f"note: images are normalised as those of {config[who].weights} were; data.mean and data.std change that")
-            return tuple(card["mean"]), tuple(card["std"])
+            return tuple(map(tuple, sight.wanted(card)))
     return None
 
 
 def _head(c: ConfigDict, facts: dict, model: nn.Module) -> set[Path]:
     """The paths of the classifier's arrays: those whose shape depends on the number of classes."""
     shape = tuple(facts["image_shape"])
+    plain = precision.plain(model)
     more = models.create(c.model, width=getattr(c, "width", 1.0), num_classes=facts["num_classes"] + 1)
-    a, b = (flatten_dict(models.abstract(m, shape)) for m in (precision.plain(model), more))
+    a, b = (flatten_dict(models.abstract(m, shape)) for m in (plain, sight.alike(plain, more)))
     return {path for path in a if path not in b or a[path].shape != b[path].shape}
 
 

@@ -10,7 +10,7 @@ import flax.linen as nn
 from pwkd_jax import slimmable, storage, weights
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import programs, results, shared_teachers
-from pwkd_jax.experiment.definition import Experiment
+from pwkd_jax.experiment.definition import Experiment, sees
 from pwkd_jax.models import costs
 from pwkd_jax.reporting import per_class, summary
 from pwkd_jax.training import distributed, schedules
@@ -98,7 +98,8 @@ def _card(experiment: Experiment, name: str, steps: int) -> Callable[[float, lis
 
     def card(width: float, rows: list[dict]) -> dict:
         top1 = rows[-1][f"top1_{slimmable.width_key(width)}"]
-        return experiment.card(c.model, width, c.divisor, {"run": f"teacher/{name}", "steps": steps, "top1": top1})
+        source = {"run": f"teacher/{name}", "steps": steps, "top1": top1}
+        return experiment.card(c.model, width, c.divisor, source, sees(experiment.config, experiment.facts))
 
     return card
 

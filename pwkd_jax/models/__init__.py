@@ -93,6 +93,7 @@ def _families() -> tuple:
 
 def name_of(model: nn.Module) -> str:
     """The name by which `create` makes this model: a built-in one's own, or `module:Name` of your class."""
+    model = _itself(model)
     for family in _families():
         for name in family.KNOWN:
             make, fixed = family.parse(name)
@@ -172,9 +173,16 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {line}".rstrip(":. ")
 
 
+def _itself(model: Any) -> Any:
+    """Without what `sight` puts around it."""
+    from pwkd_jax.models import sight
+
+    return sight.inner(model, ())[0]
+
+
 def ours(module: Any) -> bool:
     """Whether a module is of this package, and not of a user's."""
-    home = type(module).__module__
+    home = type(_itself(module)).__module__
     return home.startswith("pwkd_jax.") and not home.startswith("pwkd_jax.examples")
 
 

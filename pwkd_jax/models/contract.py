@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from pwkd_jax import models
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import image_sizes
+from pwkd_jax.models import image_sizes, sight
 
 CALL = "it is called as model(images, train=True or False)"
 RIGHT = "it should return logits [images, classes], or pwkd_jax.Outputs(logits, ...)"
@@ -35,7 +35,7 @@ def check(model: Any, image_shape: tuple[int, ...], key: str, num_classes: int =
     try:
         if models.ours(model):
             classes = getattr(model, "num_classes", num_classes)
-            image_sizes.check(model, shape)
+            image_sizes.check(*sight.inner(model, shape))
         else:
             classes = _own(model, shape)
     except models.WidthError:

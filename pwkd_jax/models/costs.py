@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pwkd_jax import models
+from pwkd_jax.models import sight
 
 
 def parameters(model: nn.Module, image_shape: tuple[int, ...]) -> int:
@@ -20,6 +21,7 @@ def macs(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     Read off the traced program, so it holds for any model; element-wise work (norms, ReLU, adds) is not counted, as
     is the field's custom.
     """
+    model, image_shape = sight.inner(model, image_shape)  # resizing images is no work of a network
     variables = models.abstract(model, image_shape)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     program = jax.make_jaxpr(lambda v, x: models.apply(model, v, x, train=False)[0].logits)(variables, images)

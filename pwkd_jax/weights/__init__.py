@@ -5,7 +5,8 @@
     FILE.json          the card again, for people
 
 A card says how to build the model and what it expects: {"model", "width", "divisor", "num_classes", "image_shape": [H, W, C],
-"mean", "std": per channel, of pixels in [0, 1], "parameters", "macs", and, for a record, "source"}.
+"mean", "std": per channel, of pixels in [0, 1], "parameters", "macs", and, for a record, "source"}; "sees" where the network
+sees these images in a way of its own (`models.sight`).
 """
 
 import json
@@ -21,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pwkd_jax import data, models, storage
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import costs
+from pwkd_jax.models import costs, sight
 from pwkd_jax.weights import files
 
 # What the library leaves of a student in its directory.
@@ -48,13 +49,13 @@ class Network(NamedTuple):
 
 def card(
     name: str, width: float, divisor: int, num_classes: int, image_shape: Sequence[int], mean: Sequence[float],
-    std: Sequence[float], source: dict, network: nn.Module | None = None,
+    std: Sequence[float], source: dict, network: nn.Module | None = None, sees: dict | None = None,
 ) -> dict:  # fmt: skip
-    """The card of the model `name`; its costs are counted here. network: that model, where a name alone does not build it.
-    Raises UserError for what cannot be built."""
+    """The card of the model `name`; its costs are counted here. network: that model, where a name alone does not build it;
+    sees: how it sees images of that shape, see `models.sight`. Raises UserError for what cannot be built."""
     result = {
         "model": name, "width": width, "divisor": divisor, "num_classes": num_classes, "image_shape": list(image_shape),
-        "mean": list(mean), "std": list(std),
+        "mean": list(mean), "std": list(std), **({"sees": sees} if sees else {}),
     }  # fmt: skip
     model = network if network is not None else build(result)
     return result | {
@@ -66,9 +67,10 @@ def card(
 
 def build(card: dict) -> nn.Module:
     """The model that a card describes."""
-    return models.create(
+    network = models.create(
         card["model"], width=card["width"], num_classes=card["num_classes"], divisor=card["divisor"]
     )
+    return sight.wrap(network, card.get("sees"))
 
 
 def write(path: Path, variables: dict, card: dict) -> None:
