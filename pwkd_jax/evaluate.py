@@ -68,7 +68,7 @@ def text(result: dict) -> str:
     """The result in lines."""
     rows = [
         ("top-1", f"{result['top1']:.2f} %", ""),
-        ("top-5", f"{result['top5']:.2f} %", ""),
+        *([("top-5", f"{result['top5']:.2f} %", "")] if result["num_classes"] > 5 else []),
         ("NLL", f"{result['nll']:.4f} nats", ""),
         ("calibration error", f"{result['calibration_error']:.2f} %", f"{scores.BINS} bins"),
     ]

@@ -5,7 +5,7 @@
 
 Folders are searched for images, their folders too. An image of another size than the network's is resized and cropped as test
 images were in training. Files that cannot be read are named, and are rows without a class. Exits with code 2 and one sentence
-on a mistake, or where no file could be read.
+on a mistake, or where no file could be read; with 1 where only some could not.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in predicting.lines(bad):
         print(line, file=sys.stderr)
     print(f"{out}: {len(rows) - len(bad)} images" if out else "\n".join(predicting.lines(r for r in rows if r not in bad)))
-    return 2 if len(bad) == len(rows) else 0
+    return 2 if len(bad) == len(rows) else int(bool(bad))
 
 
 def _write(place: Path, content: str) -> None:

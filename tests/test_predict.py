@@ -70,7 +70,7 @@ def test_a_program_predicts_the_same_and_other_sizes_are_fitted(student, photos,
 def test_what_cannot_be_read_is_a_row_without_a_class(student, photos, tmp_path, capsys):
     folder, _ = photos
     (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff nothing")
-    assert predict.main([str(student), str(tmp_path / "bad.jpg"), str(folder / "0.png"), f"--out={tmp_path / 'x.csv'}"]) == 0
+    assert predict.main([str(student), str(tmp_path / "bad.jpg"), str(folder / "0.png"), f"--out={tmp_path / 'x.csv'}"]) == 1
     said = capsys.readouterr()
     assert said.err.startswith(f"{tmp_path / 'bad.jpg'}: cannot be read (") and said.out.endswith("x.csv: 1 images\n")
     assert (tmp_path / "x.csv").read_text().splitlines()[1].startswith(f"{tmp_path / 'bad.jpg'},,,")

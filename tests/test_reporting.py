@@ -231,6 +231,15 @@ def test_warnings_of_the_teacher_gates(slimmable, standard, said):
     assert all(part in line for part, line in zip(said, found, strict=True))
 
 
+def test_who_guesses_is_said_to_have_learnt_nothing():
+    given = parts({"alone": (10.4, 11.0), "pwkd": (14.0, 15.0)}, teachers=teachers((9.9, 50.0, 60.0, 70.0), 80.0))
+    given["data"] |= {"num_classes": 10, "test_images": 3600}  # a guess: 10 +- 0.5
+    found = [line for line in summary.build(**given)["warnings"] if "learnt nothing" in line]
+    assert [line.partition(", no better")[0] for line in found] == [
+        "The slimmable teacher at width 0.25 ends at 9.90 %", "The student of alone ends at 10.70 %"]  # fmt: skip
+    assert "teacher.schedule.peak" in found[0] and "student.duration" in found[1] and "10 classes" in found[0]
+
+
 def test_warnings_without_what_they_compare():
     bad = teachers((90.0, 97.0, 97.5, 97.8), 99.9)
     assert build({"pwkd": (96.0,)}, teachers={"slimmable": bad["slimmable"]})["warnings"] == []

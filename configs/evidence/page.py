@@ -6,6 +6,7 @@ for data.data_dir, emptied), and explained/kd.json of explain.py.
     python configs/evidence/page.py --again          again/kd.json, three of the cells of kd.json on another machine
     python configs/evidence/page.py --screening      screening/VARIANT.json
     python configs/evidence/page.py --confirmation   confirmation/VARIANT.json
+    python configs/evidence/page.py --options        options/NAME.json
     python configs/evidence/page.py --picture FILE   draw them too
 
 A gain is pwkd minus a control, seed by seed; its interval is the 95 % one of Student's t over the seeds.
@@ -122,6 +123,18 @@ def confirmation_table() -> str:
     return "\n".join([head, "|---|---|---|---|---|---|", *(_row(name, summary) for name, summary in confirmed().items())])
 
 
+def options_table() -> str:
+    """Every option that was tried on its own, and the plain recipe, whose three seeds tell how much one is worth."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results" / "options").glob("*.json"))}
+    plain = last(found["plain"], "alone")
+    rows = ["| option | top-1, % | over `plain`, points | last training loss |", "|---|---|---|---|"]
+    for name in sorted(found, key=lambda name: -last(found[name], "alone").mean()):
+        scores, loss = last(found[name], "alone"), found[name]["runs"][0]["curve"][-1]["train_loss"]
+        top1 = f"{scores.mean():.1f} ± {scores.std(ddof=1):.1f}" if len(scores) > 1 else f"{scores[0]:.1f}"
+        rows.append(f"| `{name}` | {top1} | {f'{scores[0] - plain.mean():+.1f}' if name != 'plain' else ''} | {loss:.2f} |")
+    return "\n".join(rows)
+
+
 def _row(name: str, summary: dict) -> str:
     """Both controls and pwkd, with the gain of the latter."""
     _, mean, half = gain(summary)
@@ -184,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--picture", type=Path)
     tables = {"first": lambda: table(other("first")), "again": again_table, "screening": screening_table,
-              "confirmation": confirmation_table}  # fmt: skip
+              "confirmation": confirmation_table, "options": options_table}  # fmt: skip
     which = parser.add_mutually_exclusive_group()
     for name in tables:
         which.add_argument(f"--{name}", dest="which", action="store_const", const=name)

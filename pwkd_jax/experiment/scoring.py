@@ -37,9 +37,9 @@ def evaluate(
     image_size: int | None = None, resize: int | None = None, workers: int = -1, copy: str = "", per_class: bool = False,
     confusion: str = "",
 ) -> dict:  # fmt: skip
-    """{"target", "model", "data", "split", "images", "images_per_second", the keys of `scores.summary`, and with a teacher
-    "teacher": {"target", "model", its own scores}}; by `per_class` also "classes", see `reporting.per_class.rows`. confusion: a
-    CSV file to write the confusion matrix into, which is then named there. Several processes share the images and all call it.
+    """{"target", "model", "data", "split", "num_classes", "images", "images_per_second", the keys of `scores.summary`, and with
+    a teacher "teacher": {"target", "model", its own scores}}; by `per_class` also "classes", see `reporting.per_class.rows`.
+    confusion: a CSV file to write the confusion matrix into, which is then named there. Several processes share the images and all call it.
     Raises UserError."""
     if batch_size < 1:
         raise UserError(f"--batch-size: {batch_size} is not possible; it should be at least 1")
@@ -51,7 +51,7 @@ def evaluate(
         return _opened(target, width, teacher, teacher_width, data, data_dir, split, model, image_size, resize, workers, copy)
 
     own, taught, name, part, images, names = distributed.together(opened)
-    result = {"target": target, "model": own.title, "data": name, "split": part}
+    result = {"target": target, "model": own.title, "data": name, "split": part, "num_classes": own.num_classes}
     result |= score_predictions(
         own.log_probabilities, images, teacher=taught and taught.log_probabilities, batch_size=batch_size,
         devices=max(own.devices, taught.devices if taught else 1), names=(target, teacher or ""),

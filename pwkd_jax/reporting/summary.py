@@ -106,7 +106,7 @@ def build(
             "ensemble_members": ensemble_members,
             "arms": arms,
             "gain": _gain(arms),
-            "warnings": gates(teachers, arms),
+            "warnings": gates(teachers, arms) + learnt_nothing(teachers, arms, data),
             "seconds": seconds,
         }
     )
@@ -253,6 +253,23 @@ def gates(teachers: dict, arms: dict) -> list[str]:
             f"trained alone ({arms['alone']['top1_last']['mean']:.2f} %): the first stage may hurt; start wider."
         )
     return said
+
+
+def learnt_nothing(teachers: dict, arms: dict, data: dict) -> list[str]:
+    """A sentence for every network whose last top-1 is that of guessing, by twice the deviation that so many images leave."""
+    chance = 1 / data["num_classes"]
+    most = 100 * (chance + 2 * (chance * (1 - chance) / data["test_images"]) ** 0.5)
+    found = {
+        f"The {name} teacher at width {phrases.width(row['width'])}": (row["top1_last"], "teacher")
+        for name, teacher in teachers.items()
+        for row in teacher["widths"]
+    } | {f"The student of {arm}": (result["top1_last"]["mean"], "student") for arm, result in arms.items()}
+    return [
+        f"{who} ends at {top1:.2f} %, no better than a guess among {data['num_classes']} classes: it learnt nothing; look at "
+        f"its loss, and try a lower {key}.schedule.peak or a longer {key}.duration."
+        for who, (top1, key) in found.items()
+        if top1 <= most
+    ]
 
 
 def _plain(value: Any) -> Any:
