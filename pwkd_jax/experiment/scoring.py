@@ -39,8 +39,8 @@ def evaluate(
 ) -> dict:  # fmt: skip
     """{"target", "model", "data", "split", "num_classes", "images", "images_per_second", the keys of `scores.summary`, and with
     a teacher "teacher": {"target", "model", its own scores}}; by `per_class` also "classes", see `reporting.per_class.rows`.
-    confusion: a CSV file to write the confusion matrix into, which is then named there. Several processes share the images and all call it.
-    Raises UserError."""
+    confusion: a CSV file to write the confusion matrix into, which is then named there. Several processes share the images
+    and all call it. Raises UserError."""
     if batch_size < 1:
         raise UserError(f"--batch-size: {batch_size} is not possible; it should be at least 1")
     if teacher_width is not None and teacher is None:
