@@ -42,7 +42,7 @@ _HOMES = {
     "cycles": "stages:cycles",
     "even_plan": "stages:even",
     "stage_plan": "stages:plan",
-    "Student": "training.distil:Student",
+    "Student": "training.outcome:Student",
     "distil": "training.distil:distil",
     "fit_distiller": "training.distil:fit",
     "score": "training.evaluation:score",

@@ -14,7 +14,7 @@ from pwkd_jax import distillers, evaluate, models, slimmable, stages, train
 from pwkd_jax.errors import UserError
 from pwkd_jax.training import accumulation, loop, sharding, student, students_together, teacher
 from pwkd_jax.training import state as states
-from pwkd_jax.training.distil import judged
+from pwkd_jax.training.outcome import judged
 from pwkd_jax.training.writers import read_rows
 
 DECAY = 0.6

@@ -15,7 +15,8 @@ from pwkd_jax.reporting import per_class, summary
 from pwkd_jax.training import distributed, preemption, schedules, selection, students_together
 from pwkd_jax.training import state as states
 from pwkd_jax.training.checkpoints import Checkpoints
-from pwkd_jax.training.distil import Student, distil, judged
+from pwkd_jax.training.distil import distil
+from pwkd_jax.training.outcome import Student, judged
 from pwkd_jax.training.students_together import Several
 from pwkd_jax.training.teacher import Teacher
 from pwkd_jax.training.writers import Writer
@@ -36,7 +37,7 @@ class Arm:
         return [s.end for s in self.plan]
 
     def judged(self, state: states.State) -> tuple:
-        """(model, variables) whose logits count, see `distil.judged`."""
+        """(model, variables) whose logits count, see `outcome.judged`."""
         return judged(self.experiment.student, self.distillation, self.plan, self.teacher, state)
 
     def result(self, seed: int, rows: Sequence[dict], saved: Sequence[states.State]) -> dict:
