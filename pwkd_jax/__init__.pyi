@@ -24,11 +24,11 @@ from pwkd_jax.stages import Stage as Stage
 from pwkd_jax.stages import cycles as cycles
 from pwkd_jax.stages import even as even_plan
 from pwkd_jax.stages import plan as stage_plan
-from pwkd_jax.training.distil import Student as Student
 from pwkd_jax.training.distil import distil as distil
 from pwkd_jax.training.distil import fit as fit_distiller
 from pwkd_jax.training.evaluation import score as score
 from pwkd_jax.training.loop import Cadence as Cadence
+from pwkd_jax.training.outcome import Student as Student
 from pwkd_jax.training.sandwich import sandwich_loss as sandwich_loss
 from pwkd_jax.training.schedules import learning_rate as learning_rate
 from pwkd_jax.training.several_teachers import combine as combine
