@@ -39,7 +39,7 @@ def pillow(image: np.ndarray, name: str, value: float) -> np.ndarray:
         x = ImageOps.posterize(x, int(value))
     elif name == "solarize":
         x = ImageOps.solarize(x, value)
-    elif name in ("autocontrast", "equalize"):
+    elif name in ("autocontrast", "equalize", "invert"):
         x = getattr(ImageOps, name)(x)
     return np.asarray(x)
 
@@ -100,6 +100,31 @@ def test_layers_are_one_after_another():
     assert same[0] > 3 * same[1]
 
 
+# Of the code before AutoAugment: what the first six images of key 0 undergo, and the sums of eight that underwent it.
+RECORDED = {
+    "trivial": ([[("solarize", 17.0)], [("contrast", 0.693)], [("rotate", 135.0)], [("translate_x", -29.8667)],
+                 [("shear_x", -0.858)], [("rotate", -99.0)]],
+                [21488, 24166, 19033, 0, 13460, 22142, 13460, 13636]),
+    "rand": ([[("solarize", 178.5), ("translate_y", 4.3505)], [("contrast", 0.27), ("brightness", -0.27)],
+              [("rotate", 9.0), ("shear_y", 0.09)], [("translate_x", -4.3505), ("identity", 0.0)],
+              [("shear_x", -0.09), ("posterize", 7.0)], [("rotate", -9.0), ("brightness", 0.27)]],
+             [12544, 17514, 22260, 21104, 23144, 26836, 13700, 20893]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_policies_before_autoaugment_draw_as_they_did(name):
+    policy, (draws, sums) = data.Policy(name), RECORDED[name]
+    for i, expected in enumerate(draws):
+        found = policy.drawn(jax.random.fold_in(jax.random.key(0), i), 32, 32)
+        assert [policies.OPERATIONS[int(operation)] for operation, _ in found] == [operation for operation, _ in expected]
+        assert [float(value) for _, value in found] == pytest.approx([value for _, value in expected], abs=1e-4)
+    ramp = (np.arange(192) * 37 % 256).astype(np.uint8).reshape(8, 8, 3)
+    images = np.asarray(jax.jit(policy)(jax.random.key(0), np.stack([ramp] * 64)))[:8]
+    # To a pixel that another processor's last bit may give to another place.
+    np.testing.assert_allclose(images.astype(int).sum((1, 2, 3)), sums, atol=256)
+
+
 def test_what_no_policy_can_do_is_refused():
     wrong = ((("auto",), "'auto' is not possible"), (("rand", 0), "0 layers"), (("rand", 2, 31), "magnitude 31"))
     for options, sentence in wrong:
@@ -107,6 +132,8 @@ def test_what_no_policy_can_do_is_refused():
             data.Policy(*options)
     with pytest.raises(UserError, match="policy: changes uint8 images, and these are float32"):
         data.Policy("trivial")(jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32))
+    with pytest.raises(UserError, match=r"policy: 'auto_svhn' is not .* one of rand, trivial, auto_cifar10, auto_imagenet"):
+        data.Policy("auto_svhn")
 
 
 # Jitter, blur and erasing.
@@ -185,7 +212,7 @@ def test_everything_together_is_a_function_of_the_image_and_its_place():
 
 
 @pytest.mark.parametrize(("option", "sentence"), [
-    ("policy=auto", "data.policy: 'auto' is not possible; it should be one of '', rand, trivial"),
+    ("policy=auto", "data.policy: 'auto' is not possible; it should be one of '', rand, trivial, auto_cifar10, auto_imagenet"),
     ("policy_magnitude=31", "data.policy_magnitude: 31 is not possible; it should be from 0 to 30"),
     ("jitter=(0.3,)", r"data.jitter: \(0.3,\) is not possible"), ("jitter=(0,0,0,0.6)", "that of hue to 0.5"),
     ("erasing=1.5", "data.erasing: 1.5 is not possible"),

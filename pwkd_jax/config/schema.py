@@ -68,7 +68,7 @@ def default() -> ConfigDict:
         "crop_padding": 0,  # random crop after zero padding by so many pixels
         "pixel_range": (),  # folder: black and white of samples that are no bytes, as (0,4095); (): as a 16-bit type says
         "flip": False,  # random horizontal flip
-        "policy": "",  # then rand (RandAugment) or trivial (TrivialAugment, wide)
+        "policy": "",  # then rand (RandAugment), trivial (TrivialAugment, wide), or auto_cifar10 or auto_imagenet (AutoAugment)
         "policy_layers": 2,  # rand: operations an image
         "policy_magnitude": 9,  # rand: of 30
         "jitter": (),  # strengths of brightness, contrast, saturation and hue, as in (0.3,0.3,0.3,0.1)

@@ -1,6 +1,6 @@
-"""RandAugment and TrivialAugment of a batch inside the jitted step: each image its own operations and magnitudes.
+"""RandAugment, TrivialAugment and AutoAugment of a batch inside the jitted step: each image its own operations and magnitudes.
 
-The operations are those of Pillow, on which both papers' own code stands, to the rounding of its bytes: geometry by the nearest
+The operations are those of Pillow, on which the papers' own code stands, to the rounding of its bytes: geometry by the nearest
 pixel, with black beyond the edge. In JAX no kept library has them. An operation is one lookup of places, one table of 256
 values a channel and one blend, of which all but one leave the image as it is, so that not every operation is computed.
 """
@@ -11,23 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwkd_jax.data import autoaugment
 from pwkd_jax.errors import UserError
 
 OPERATIONS = ("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast",
               "sharpness", "posterize", "solarize", "autocontrast", "equalize")  # fmt: skip
 SIGNED = OPERATIONS[1:10]
 BINS = 31
-POLICIES = ("", "rand", "trivial")
+POLICIES = ("", "rand", "trivial", *autoaugment.TABLES)
 
 
 def magnitudes(policy: str, height: int, width: int) -> np.ndarray:
-    """[operations, 31] float32: what each of the 31 strengths means to an operation, for images of that size.
+    """[operations, strengths] float32: what each of 31 strengths means to an operation, for images of that size.
 
-    rand: RandAugment (Cubuk et al., NeurIPS 2020); trivial: the wide space of TrivialAugment (Müller and Hutter, ICCV 2021).
+    rand: RandAugment (Cubuk et al., NeurIPS 2020); trivial: the wide space of TrivialAugment (Müller and Hutter, ICCV 2021);
+    AutoAugment (Cubuk et al., CVPR 2019): the first one's, in 10 strengths.
     Shear as a slope, translation in pixels, rotation in degrees, blends as what is added to 1, posterize in bits, solarize as a
     threshold.
     """
-    steps = np.arange(BINS) / (BINS - 1)
+    bins = autoaugment.BINS if policy in autoaugment.TABLES else BINS
+    steps = np.arange(bins) / (bins - 1)
     wide = policy == "trivial"
     most = {
         "shear_x": 0.99 if wide else 0.3, "shear_y": 0.99 if wide else 0.3,
@@ -40,12 +43,24 @@ def magnitudes(policy: str, height: int, width: int) -> np.ndarray:
     return np.stack([table[name] for name in OPERATIONS]).astype(np.float32)
 
 
+def sub_policies(policy: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """([25, 2] int32 operations, their chances, what their strengths mean, both float32) of a policy of AutoAugment."""
+    meaning = dict(zip(OPERATIONS, magnitudes(policy, height, width), strict=True))
+    # To invert is to solarize from 0. So it needs no operation of its own, of which the other policies would draw.
+    pairs = [[("solarize", c, autoaugment.BINS - 1) if o == "invert" else (o, c, s) for o, c, s in pair]
+             for pair in autoaugment.TABLES[policy]]  # fmt: skip
+    operations = np.array([[OPERATIONS.index(o) for o, _, _ in pair] for pair in pairs], np.int32)
+    chances = np.array([[chance for _, chance, _ in pair] for pair in pairs], np.float32)
+    return operations, chances, np.array([[meaning[o][strength] for o, _, strength in pair] for pair in pairs])
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """(key, uint8 images [B, H, W, C]) -> images of the same kind. Image i's numbers are of (key, i) alone.
 
     name: `rand`: `layers` operations one after another, drawn with replacement, all at `magnitude` of 30; `trivial`: one, at a
-    magnitude drawn from 0 to 30. Signs are drawn where an operation has one. Raises UserError for what is not possible.
+    magnitude drawn from 0 to 30; `auto_cifar10`, `auto_imagenet`: one of AutoAugment's 25 sub-policies, each of whose two
+    operations happens by its chance. Signs are drawn where an operation has one. Raises UserError for what is not possible.
     """
 
     name: str
@@ -62,21 +77,36 @@ class Policy:
     def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
         if images.dtype != jnp.uint8:
             raise UserError(f"policy: changes uint8 images, and these are {images.dtype}")
-        table = jnp.asarray(magnitudes(self.name, *images.shape[1:3]))
 
         def one(key: jax.Array, image: jax.Array) -> jax.Array:
-            for layer in range(1 if self.name == "trivial" else self.layers):
-                which, strength, sign = jax.random.split(jax.random.fold_in(key, layer), 3)
-                operation = jax.random.randint(which, (), 0, len(OPERATIONS))
-                drawn = jax.random.randint(strength, (), 0, BINS) if self.name == "trivial" else self.magnitude
-                value = table[operation, drawn]
-                signed = jnp.isin(operation, jnp.array([OPERATIONS.index(name) for name in SIGNED]))
-                value = jnp.where(signed & jax.random.bernoulli(sign), -value, value)
+            for operation, value in self.drawn(key, *image.shape[:2]):
                 image = apply(image, operation, value)
             return image
 
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(images)))
         return jax.vmap(one)(keys, images)
+
+    def drawn(self, key: jax.Array, height: int, width: int) -> list[tuple[jax.Array, jax.Array]]:
+        """What the image of that key undergoes: (operation, value) as `apply` takes them, one after another."""
+        if self.name in autoaugment.TABLES:
+            which, happens, sign = jax.random.split(key, 3)
+            row = jax.random.randint(which, (), 0, len(autoaugment.TABLES[self.name]))
+            operations, chances, values = (jnp.asarray(x)[row] for x in sub_policies(self.name, height, width))
+            happened = jnp.where(jax.random.bernoulli(happens, chances), operations, OPERATIONS.index("identity"))
+            return list(zip(happened, _either_way(sign, operations, values), strict=True))
+        table, found = jnp.asarray(magnitudes(self.name, height, width)), []
+        for layer in range(1 if self.name == "trivial" else self.layers):
+            which, strength, sign = jax.random.split(jax.random.fold_in(key, layer), 3)
+            operation = jax.random.randint(which, (), 0, len(OPERATIONS))
+            level = jax.random.randint(strength, (), 0, BINS) if self.name == "trivial" else self.magnitude
+            found.append((operation, _either_way(sign, operation, table[operation, level])))
+        return found
+
+
+def _either_way(key: jax.Array, operation: jax.Array, value: jax.Array) -> jax.Array:
+    """Values of whatever shape, negated by even chance where their operation has a sign."""
+    signed = jnp.isin(operation, jnp.array([OPERATIONS.index(name) for name in SIGNED]))
+    return jnp.where(signed & jax.random.bernoulli(key, shape=operation.shape), -value, value)
 
 
 def apply(image: jax.Array, operation: jax.Array, value: jax.Array) -> jax.Array:
