@@ -1,8 +1,8 @@
 """What might explain an experiment's arms: how good and how sure the teacher's sub-networks are, and whom students resemble.
 
-    python configs/evidence/explain.py runs/evidence/kd --data-dir /where/tfds/sets/lie
+    python configs/evidence/explain.py runs/evidence/kd runs/evidence/two/kd --data-dir /where/tfds/sets/lie
 
-Writes results/explained/kd.json beside it, of the workdir's test split:
+Writes results/explained/kd.json beside it, of the test split and the arms of these workdirs, which share a teacher:
 {"teacher": {width: S}, "arms": {arm: {"seeds": n, "own": S, "like": {width: A}}}}; S: top1, nll, calibration_error as
 `evaluate` gives them; A: agreement and divergence of the students with that sub-network. Those of arms are means over seeds.
 """
@@ -59,14 +59,17 @@ def _mean(found: list[dict[str, float]]) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("workdir", type=Path)
+    parser.add_argument("workdirs", type=Path, nargs="+")
     parser.add_argument("--data-dir", default="")
     options = parser.parse_args(arguments)
-    found = explain(options.workdir, options.data_dir)
-    path = HERE / "results" / "explained" / f"{options.workdir.name}.json"
+    first, *more = (explain(workdir, options.data_dir) for workdir in options.workdirs)
+    for found in more:
+        assert found["teacher"] == first["teacher"], "another teacher"
+        first["arms"] |= found["arms"]
+    path = HERE / "results" / "explained" / f"{options.workdirs[0].name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    path.write_text(json.dumps(first, indent=1) + "\n")
+    print(json.dumps(first, indent=1))
     return 0
 
 

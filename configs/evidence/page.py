@@ -1,9 +1,9 @@
 """The evidence as tables and a picture, made from the files below results: summary.json of the experiments as they ended (but
 for data.data_dir, emptied), and explained/kd.json of explain.py.
 
-    python configs/evidence/page.py                  METHOD.json, the arms and the methods in Markdown, as in the README
-    python configs/evidence/page.py --first          first/kd.json, the same arms under another training of the teacher
-    python configs/evidence/page.py --again          again/kd.json, three of the cells of kd.json on another machine
+    python configs/evidence/page.py                  kd/*.json and METHOD.json, arms and methods in Markdown, as in the README
+    python configs/evidence/page.py --first          first/kd.json, arms of kd under another training of the teacher
+    python configs/evidence/page.py --again          again/kd.json, cells of kd that ran a second time, on another machine
     python configs/evidence/page.py --screening      screening/VARIANT.json
     python configs/evidence/page.py --confirmation   confirmation/VARIANT.json
     python configs/evidence/page.py --options        options/NAME.json
@@ -27,10 +27,17 @@ COLOURS = {"kd_whole": "#007a5e", "kd_whole_cyclic": "#0068b5", "pwkd": "#cc4e00
 CONTROLS = ("kd_whole", "kd_whole_cyclic")
 
 
+def parts() -> list[dict]:
+    """The summaries of kd under the teacher that is kept: some arms ran on one machine, some on another."""
+    return [json.loads(path.read_text()) for path in sorted((HERE / "results" / "kd").glob("*.json"))]
+
+
 def summaries() -> dict[str, dict]:
-    """{method: summary} of results/METHOD.json, kd first."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
-    return dict(sorted(found.items(), key=lambda item: item[0] != "kd"))
+    """{method: summary}, kd first, all its arms as one."""
+    kd = {"arms": {}, "runs": []}
+    for part in parts():
+        kd = part | {"arms": kd["arms"] | part["arms"], "runs": kd["runs"] + part["runs"]}
+    return {"kd": kd} | {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
 
 
 def other(name: str) -> dict[str, dict]:
@@ -39,14 +46,13 @@ def other(name: str) -> dict[str, dict]:
 
 
 def again_table() -> str:
-    """The cells of kd.json that ran again, and how far each seed came from where it was."""
+    """The cells of kd that ran again, and where each of their seeds came to."""
     here, there = summaries()["kd"], other("again")["kd"]
-    rows = ["| KD | committed | again | seed by seed | n |", "|---|---|---|---|---|"]
+    rows = ["| KD | all seeds | the same seeds then | again |", "|---|---|---|---|"]
     for arm in (arm for arm in ORDER if arm in there["arms"]):
         ours, theirs = last(here, arm), last(there, arm)
-        means = [f"{s.mean():.2f} ± {s.std(ddof=1):.2f}" for s in (ours, theirs)]
-        differences = " ".join(f"{d:+.2f}" for d in theirs - ours)
-        rows.append(f"| `{arm}` | {' | '.join(means)} | {differences} | {len(ours)} |")
+        each = [" ".join(f"{s:.2f}" for s in scores) for scores in (ours[: len(theirs)], theirs)]
+        rows.append(f"| `{arm}` | {ours.mean():.2f} ± {ours.std(ddof=1):.2f} | {' | '.join(each)} |")
     return "\n".join(rows)
 
 
