@@ -1,0 +1,78 @@
+"""Files of weights of any project, by their form: {name: array}, whatever the names are.
+
+A .safetensors or .npz file, the directory of an Orbax checkpoint, and otherwise a PyTorch checkpoint.
+"""
+
+import fnmatch
+import hashlib
+import io
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pwkd_jax import storage
+from pwkd_jax.errors import UserError
+from pwkd_jax.weights import files, orbax, pytorch, trees
+
+
+def read(path: Path, key: str = "", ignore: Sequence[str] = ()) -> tuple[dict[str, np.ndarray], str]:
+    """({name: array}, SHA-256 of the file, or of the arrays of a directory).
+
+    key: which network of several, see `pytorch.choose` and `trees.chosen`; ignore: patterns (shell style) of arrays to leave
+    out. Raises UserError.
+    """
+    if storage.is_folder(path):
+        found = orbax.read(path)
+    elif path.suffix == ".npz":
+        found = _npz(path)
+    elif path.suffix == ".safetensors":
+        found, metadata = files.tensors(path)
+        if metadata.get("format") == "pwkd_jax":
+            raise UserError(f"{path}: is a file of this project already, and needs no conversion")
+    else:
+        return _without(path, pytorch.read(path, key), ignore), _digest(path)
+    digest = _digest(path, found)
+    found = trees.plain(found)
+    if trees.own(found):
+        found = trees.chosen(str(path), found, key)
+    else:
+        found = pytorch.named(path, pytorch.choose(path, {"": found}, key), key)
+    return _without(path, found, ignore), digest
+
+
+def _npz(path: Path) -> dict[str, np.ndarray]:
+    files.refuse_missing(path)
+    try:
+        with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as content:
+            found = {name: content[name] for name in content.files}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, KeyError, zipfile.BadZipFile) as e:
+        if "allow_pickle" in str(e):
+            raise UserError(
+                f"{path}: holds Python objects besides arrays, which could run code; it was not loaded; save "
+                "arrays by name, as numpy.savez(file, **arrays) does"
+            ) from e
+        raise UserError(f"{path}: is not a whole .npz file; save it with numpy.savez") from e
+    for name, array in found.items():
+        if array.dtype.kind == "V":  # NumPy writes what it has no name for, such as bfloat16, as bytes alone
+            raise UserError(f"{path}: holds {name} as bytes without a type, as NumPy keeps bfloat16; save it as float32")
+    return found
+
+
+def _without(path: Path, found: dict[str, np.ndarray], ignore: Sequence[str]) -> dict[str, np.ndarray]:
+    for pattern in ignore:
+        if not (dropped := fnmatch.filter(found, pattern)):
+            raise UserError(f"--ignore: '{pattern}' is the name of nothing in {path}")
+        found = {name: array for name, array in found.items() if name not in dropped}
+    return found
+
+
+def _digest(path: Path, found: dict[str, np.ndarray] | None = None) -> str:
+    if found is None or not storage.is_folder(path):
+        with storage.opened(path) as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    whole = hashlib.sha256()
+    for name, array in sorted(found.items()):
+        whole.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return whole.hexdigest()
