@@ -5,6 +5,7 @@ refused. It, of timm, and `preprocessor_config.json`, of transformers, state mea
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +21,12 @@ EPSILON = 1e-6  # of the layer norms here
 
 
 class Beside(NamedTuple):
-    """Of images: per channel, of pixels in [0, 1], and in pixels. None is not known."""
+    """Of images: per channel, of pixels in [0, 1], and in pixels, None where not known; and the file that states the two."""
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     size: int | None = None
+    place: Path | None = None
 
 
 def read(file: Path) -> Beside:
@@ -34,25 +36,30 @@ def read(file: Path) -> Beside:
     if isinstance(timm, dict):
         size = timm.get("input_size")
         size = size[-1] if isinstance(size, list) and size else None
-        return _checked(timm.get("mean"), timm.get("std"), size)
+        return _checked(timm.get("mean"), timm.get("std"), size, file.with_name("config.json"))
     if "model_type" not in config:
         return Beside()
     given = images if images.get("do_normalize", True) and images.get("do_rescale", True) else {}
-    return _checked(given.get("image_mean"), given.get("image_std"), config.get("image_size"))
+    place = file.with_name("preprocessor_config.json")
+    return _checked(given.get("image_mean"), given.get("image_std"), config.get("image_size"), place)
 
 
-def refuse_unlike(file: Path, model: nn.Module, name: str) -> None:
-    """UserError where the config of transformers states layers that `model` (called `name`) has not. What is not the same but
-    close, or not stated, is said on standard error."""
+def refuse_unlike(file: Path, model: nn.Module, name: str, hugging: bool) -> None:
+    """UserError where the config beside a file states layers that `model` (called `name`) has not. hugging: whether the file
+    has the names of transformers; then what is not the same but close, or not stated, is said on standard error."""
     config = _json(file, "config.json")
-    wanted: dict[str, Any]
+    if "pretrained_cfg" in config and isinstance(model, ResNet) and re.search("aa|blur", str(config.get("architecture"))):
+        raise UserError(
+            f"{file.with_name('config.json')}: architecture is {config['architecture']}, which blurs before its strides, and "
+            f"'{name}' does not, so these weights would be another function here"
+        )
+    if not hugging:
+        return
+    family, wanted = "resnet", {"hidden_act": "relu", "downsample_in_first_stage": False}
     if isinstance(model, ViT):
         family, wanted = "vit", {"hidden_act": "gelu", "num_attention_heads": model.heads}
-    elif isinstance(model, ResNet):
-        family, wanted = "resnet", {"hidden_act": "relu", "downsample_in_first_stage": False}
-        wanted |= {"downsample_in_bottleneck": False} if model.bottleneck else {}
-    else:
-        return
+    elif model.bottleneck:
+        wanted["downsample_in_bottleneck"] = False
     if config.get("model_type") != family:
         stated = ", ".join(f"{key}={value}" for key, value in wanted.items())
         print(f"note: beside {file} lies no config.json of transformers' '{family}'; taken for granted are {stated}",
@@ -66,6 +73,11 @@ def refuse_unlike(file: Path, model: nn.Module, name: str) -> None:
             )
     epsilon = config.get("layer_norm_eps", EPSILON)
     if family == "vit" and epsilon != EPSILON:
+        if not (isinstance(epsilon, float) and epsilon <= 1e-5):
+            raise UserError(
+                f"{file.with_name('config.json')}: layer_norm_eps is {epsilon}, and '{name}' has {EPSILON:g}; "
+                "up to 1e-5 would fit"
+            )
         print(f"note: {file} was trained with layer_norm_eps {epsilon:g}, and layer norms here add {EPSILON:g}; logits "
               "differ in their last digits", file=sys.stderr)  # fmt: skip
 
@@ -80,12 +92,11 @@ def _json(file: Path, name: str) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def _checked(mean: Any, std: Any, size: Any) -> Beside:
+def _checked(mean: Any, std: Any, size: Any, place: Path) -> Beside:
     def numbers(x: Any) -> bool:
         return isinstance(x, list) and bool(x) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in x)
 
-    whole = numbers(mean) and numbers(std) and len(mean) == len(std)
-    known = isinstance(size, int) and size > 0
-    return Beside(
-        tuple(map(float, mean)) if whole else None, tuple(map(float, std)) if whole else None, size if known else None
-    )
+    size = size if type(size) is int and size > 0 else None
+    if not (numbers(mean) and numbers(std) and len(mean) == len(std)):
+        return Beside(size=size)
+    return Beside(tuple(map(float, mean)), tuple(map(float, std)), size, place)

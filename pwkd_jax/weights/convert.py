@@ -1,5 +1,6 @@
 """A trained network's weights, in other projects' names or in ours, as a file of this project."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def convert(
     stated = beside.read(file)
     if not (mean or std) and len(stated.mean or ()) == channels:
         mean, std = stated.mean, stated.std
+        print(f"note: images are normalised as {stated.place} says; --mean and --std change that", file=sys.stderr)
     _check_given(model, channels, mean, std)
     found, digest = sources.read(file, key, ignore)
     pytorch.refuse_narrow(str(file), found)
@@ -53,8 +55,9 @@ def convert(
             raise UserError(f"{file}: does not fit '{model}', but '{other}': use --model={other}") from e
         raise
     (trees if own else names).say_left_out(str(file), found)
-    if names.project(network, flatten_dict(variables), found) in (names.transformers, names.transformers5):
-        beside.refuse_unlike(file, network, model)
+    if not own:
+        project = names.project(network, flatten_dict(variables), found)
+        beside.refuse_unlike(file, network, model, project in (names.transformers, names.transformers5))
     mean, std = (mean, std) if mean else normalisation(model, classes, shape)
     card = weights.card(model, 1.0, 0, classes, shape, mean, std, {"file": file.name, "sha256": digest})
     try:

@@ -47,11 +47,10 @@ def _trees(folder: Path) -> dict[str, Path]:
 
 def _tree(folder: Path, place: Path) -> dict[str, np.ndarray]:
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            saved = reader.metadata(storage.absolute(place)).item_metadata.tree
-            # As NumPy arrays: on their devices, those of the machine that saved them would be asked for.
-            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-            tree = reader.restore(storage.absolute(place), args=ocp.args.PyTreeRestore(restore_args=how))
+        place, handler = storage.absolute(place), ocp.PyTreeCheckpointHandler()
+        # As NumPy arrays: on their devices, those of the machine that saved them would be asked for.
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(place).tree)
+        tree = handler.restore(place, args=ocp.args.PyTreeRestore(restore_args=how))
     except Exception as e:  # Orbax and TensorStore raise of everything
         reason = next((line for line in str(e).splitlines() if line), type(e).__name__)
         raise UserError(f"{folder}: is not a whole checkpoint of Orbax ({reason[:200]}); save or copy it again") from e

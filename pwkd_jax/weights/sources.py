@@ -45,8 +45,11 @@ def read(path: Path, key: str = "", ignore: Sequence[str] = ()) -> tuple[dict[st
 def _npz(path: Path) -> dict[str, np.ndarray]:
     files.refuse_missing(path)
     try:
-        with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as content:
-            found = {name: content[name] for name in content.files}
+        content = storage.read_bytes(path)
+        if not content.startswith(b"PK"):  # NumPy takes whatever it does not know for a pickle
+            raise ValueError
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, KeyError, zipfile.BadZipFile) as e:
         if "allow_pickle" in str(e):
             raise UserError(
