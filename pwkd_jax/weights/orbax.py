@@ -4,6 +4,7 @@ The tree of a directory is there where `_METADATA` lies: in itself (`StandardChe
 it (version 1, and `CheckpointManager`, which put what was saved together side by side), or in those of its latest step.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -47,10 +48,11 @@ def _trees(folder: Path) -> dict[str, Path]:
 
 def _tree(folder: Path, place: Path) -> dict[str, np.ndarray]:
     try:
-        place, handler = storage.absolute(place), ocp.PyTreeCheckpointHandler()
-        # As NumPy arrays: on their devices, those of the machine that saved them would be asked for.
-        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(place).tree)
-        tree = handler.restore(place, args=ocp.args.PyTreeRestore(restore_args=how))
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            place = storage.absolute(place)
+            # As NumPy arrays: on their devices, those of the machine that saved them would be asked for.
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(place).tree)
+            tree = handler.restore(place, args=ocp.args.PyTreeRestore(restore_args=how))
     except Exception as e:  # Orbax and TensorStore raise of everything
         reason = next((line for line in str(e).splitlines() if line), type(e).__name__)
         raise UserError(f"{folder}: is not a whole checkpoint of Orbax ({reason[:200]}); save or copy it again") from e
