@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import close, made_up
+from flax.traverse_util import flatten_dict
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.special import erf
 
@@ -193,12 +194,22 @@ def test_a_residual_network_of_transformers_is_the_same_function(kind, tmp_path,
 
 def test_names_of_transformers_for_the_networks_of_this_zoo():
     """As its own files of these networks have them."""
-    wide, deep, small = (models.create(name) for name in ("imagenet_ResNet50", "vit_base_patch16", "ResNet50"))
+    wide, deep = (models.create(name) for name in ("imagenet_ResNet50", "vit_base_patch16"))
     assert names.transformers(wide, "stage3_block6/conv3") == ("encoder.stages.2.layers.5.layer.2.convolution",)
     assert names.transformers(wide, "stage1_block1/shortcut_bn") == ("encoder.stages.0.layers.0.shortcut.normalization",)
     assert names.transformers(deep, "block12/attention/query") == ("encoder.layer.11.attention.attention.query",)
     assert names.transformers5(deep, "block12/attention/value") == ("layers.11.attention.v_proj",)
-    assert names.transformers(small, "stem_conv") == ()  # transformers has none with this stem
+
+
+def test_a_namesake_is_named_by_the_names_of_transformers_too(tmp_path, capsys):
+    model = models.create("imagenet_ResNet18", num_classes=5)
+    like = flatten_dict(models.abstract(model, (64, 64, 3)))
+    shapes = {names.keys(names.transformers, model, path)[0]: x.shape for path, x in like.items()}
+    tensors = {name: np.zeros(shape if len(shape) < 4 else np.array(shape)[[3, 2, 0, 1]]) for name, shape in shapes.items()}
+    tensors["classifier.1.weight"] = np.zeros((5, 512))
+    safetensors.numpy.save_file(tensors, tmp_path / "net.safetensors")
+    command = [tmp_path / "net.safetensors", "--model=ResNet18", f"--out={tmp_path / 'o.safetensors'}", *NORMALISED]
+    assert "does not fit 'ResNet18', but 'imagenet_ResNet18': use --model=imagenet_ResNet18" in refused(capsys, *command)
 
 
 @pytest.fixture(scope="module")

@@ -38,14 +38,15 @@ def convert(
         mean, std = stated.mean, stated.std
         print(f"note: images are normalised as {stated.place} says; --mean and --std change that", file=sys.stderr)
     _check_given(model, channels, mean, std)
-    found, digest = sources.read(file, key, ignore)
+    whole, digest = sources.read(file, key)
+    found = sources.without(file, whole, ignore)
     pytorch.refuse_narrow(str(file), found)
     size = image_size or stated.size or (224 if model.startswith(("imagenet_", "vit_")) else 32)
     shape = (size, size, channels)
     own = trees.own(found)
     classes = trees.classes(known, more, shape, found) if own else pytorch.classes(known, found)
     if classes is None:
-        raise UserError(f"{file}: does not fit '{model}': there is no classifier among its {len(found)} tensors")
+        raise UserError(f"{file}: does not fit '{model}': there is no classifier among its {len(whole)} tensors")
     network = models.create(model, num_classes=classes)
     to_flax = trees.to_flax if own else pytorch.to_flax
     try:

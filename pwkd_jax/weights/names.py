@@ -4,7 +4,7 @@ A project is a function of (model, module), as `stage1_block1/conv1`, that gives
 for this family: `reference` are those that a family's `torch_names` states (RepDistiller, mdistiller, torchvision, timm's
 residual networks and transformers), `transformers` Hugging Face's as its files have them, `transformers5` the same library's
 since version 5 in memory (what `torch.save(model.state_dict())` keeps), and `timm` its MobileNetV2. To `transformers` belong
-the ImageNet residual networks and vision transformers.
+residual networks, all of them behind ImageNet's stem, and vision transformers.
 """
 
 import collections
@@ -65,7 +65,7 @@ def transformers(model: nn.Module, module: str) -> tuple[str, ...]:
                  "attention/out": "attention.output.dense"}  # fmt: skip
         layer = inner.get(layer, layer.replace("attention/", "attention.attention."))
         return (f"encoder.layer.{block}.{layer}",) if block >= 0 else _vit_top(module)
-    if not (isinstance(model, ResNet) and model.large_stem):
+    if not isinstance(model, ResNet):
         return ()
     top = {"stem_conv": "embedder.embedder.convolution", "stem_bn": "embedder.embedder.normalization",
            "classifier": "classifier.1"}  # fmt: skip

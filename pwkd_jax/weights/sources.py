@@ -6,7 +6,6 @@ A .safetensors or .npz file, the directory of an Orbax checkpoint, and otherwise
 import fnmatch
 import hashlib
 import io
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,11 +16,10 @@ from pwkd_jax.errors import UserError
 from pwkd_jax.weights import files, orbax, pytorch, trees
 
 
-def read(path: Path, key: str = "", ignore: Sequence[str] = ()) -> tuple[dict[str, np.ndarray], str]:
+def read(path: Path, key: str = "") -> tuple[dict[str, np.ndarray], str]:
     """({name: array}, SHA-256 of the file, or of the arrays of a directory).
 
-    key: which network of several, see `pytorch.choose` and `trees.chosen`; ignore: patterns (shell style) of arrays to leave
-    out. Raises UserError.
+    key: which network of several, see `pytorch.choose` and `trees.chosen`. Raises UserError.
     """
     if storage.is_folder(path):
         found = orbax.read(path)
@@ -32,14 +30,14 @@ def read(path: Path, key: str = "", ignore: Sequence[str] = ()) -> tuple[dict[st
         if metadata.get("format") == "pwkd_jax":
             raise UserError(f"{path}: is a file of this project already, and needs no conversion")
     else:
-        return _without(path, pytorch.read(path, key), ignore), _digest(path)
+        return pytorch.read(path, key), _digest(path)
     digest = _digest(path, found)
     found = trees.plain(found)
     if trees.own(found):
         found = trees.chosen(str(path), found, key)
     else:
         found = pytorch.named(path, pytorch.choose(path, {"": found}, key), key)
-    return _without(path, found, ignore), digest
+    return found, digest
 
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
@@ -50,7 +48,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
             raise ValueError
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, KeyError, zipfile.BadZipFile) as e:
+    except Exception as e:  # zipfile, zlib and NumPy's reader of headers raise of everything
         if "allow_pickle" in str(e):
             raise UserError(
                 f"{path}: holds Python objects besides arrays, which could run code; it was not loaded; save "
@@ -63,7 +61,8 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def _without(path: Path, found: dict[str, np.ndarray], ignore: Sequence[str]) -> dict[str, np.ndarray]:
+def without(path: Path, found: dict[str, np.ndarray], ignore: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of a file but for those of the patterns (shell style) `ignore`. Raises UserError for a pattern of nothing."""
     for pattern in ignore:
         if not (dropped := fnmatch.filter(found, pattern)):
             raise UserError(f"--ignore: '{pattern}' is the name of nothing in {path}")
