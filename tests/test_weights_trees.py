@@ -6,6 +6,7 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -108,6 +109,18 @@ def test_a_tree_that_orbax_saved(save, net, tmp_path, capsys):
     save(tmp_path / "saved", net[1])
     close(read_back(tmp_path / "saved", tmp_path, *SMALL), net[1], 0)
     assert ("the latest, 7, was taken" in capsys.readouterr().err) == (save is manager)
+
+
+def test_a_tree_of_devices_that_are_not_here(net, tmp_path):
+    standard(tmp_path / "saved", jax.tree.map(jnp.asarray, net[1]))
+    kept = tmp_path / "saved" / "_sharding"
+    placed = json.loads(kept.read_text())
+    for name, one in placed.items():
+        sharding = json.loads(one)
+        assert sharding["device_str"] == str(jax.devices()[0])
+        placed[name] = json.dumps(sharding | {"device_str": "TPU_99(process=3,(9,9,9,1))"})
+    kept.write_text(json.dumps(placed))
+    close(read_back(tmp_path / "saved", tmp_path, *SMALL), net[1], 0)
 
 
 @pytest.mark.parametrize("pure", [False, True], ids=["state", "pure dict"])

@@ -54,6 +54,8 @@ def _tree(folder: Path, place: Path) -> dict[str, np.ndarray]:
             how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(place).tree)
             tree = handler.restore(place, args=ocp.args.PyTreeRestore(restore_args=how))
     except Exception as e:  # Orbax and TensorStore raise of everything
+        if outage := storage.unreachable(e, place):
+            raise outage from e
         reason = next((line for line in str(e).splitlines() if line), type(e).__name__)
         raise UserError(f"{folder}: is not a whole checkpoint of Orbax ({reason[:200]}); save or copy it again") from e
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]

@@ -48,6 +48,8 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
             raise ValueError
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
+    except UserError:  # of a bucket that does not answer
+        raise
     except Exception as e:  # zipfile, zlib and NumPy's reader of headers raise of everything
         if "allow_pickle" in str(e):
             raise UserError(
