@@ -1,13 +1,15 @@
-"""A PyTorch network's weights as a file of this project."""
+"""A trained network's weights, in other projects' names or in ours, as a file of this project."""
 
-import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pwkd_jax import models, storage, weights
+from flax.traverse_util import flatten_dict
+
+from pwkd_jax import models, weights
 from pwkd_jax.data import check_normalisation
 from pwkd_jax.errors import UserError
-from pwkd_jax.weights import pytorch
+from pwkd_jax.weights import beside, names, pytorch, sources, trees
 
 # (mean, std) of pixels in [0, 1], which the reference projects trained with: RepDistiller and mdistiller on CIFAR-100;
 # torchvision, and mdistiller after it, on ImageNet.
@@ -21,33 +23,44 @@ def convert(
 ) -> dict:  # fmt: skip
     """Write `file`'s weights as `out` and return their card. Raises UserError; then nothing is written.
 
-    mean, std: per channel, of pixels in [0, 1], by which its training normalised images; see `normalisation`.
+    mean, std: per channel, of pixels in [0, 1], by which its training normalised images; otherwise those that the files beside
+    it state, or see `normalisation`.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"--out: '{out}' should be a name ending in .safetensors")
     for option, value in (("--image-size", image_size), ("--channels", channels)):
         if value is not None and value < 1:
             raise UserError(f"{option}: {value} is not possible; it should be at least 1")
-    known = models.create(model)  # first, for a wrong name should not wait for a large file
+    # First, for a wrong name should not wait for a large file.
+    known, more = models.create(model), models.create(model, num_classes=11)
+    stated = beside.read(file)
+    if not (mean or std) and len(stated.mean or ()) == channels:
+        mean, std = stated.mean, stated.std
+        print(f"note: images are normalised as {stated.place} says; --mean and --std change that", file=sys.stderr)
     _check_given(model, channels, mean, std)
-    found = pytorch.read(file, key)
-    pytorch.refuse_narrow(str(file), found, ignore)
-    classes = pytorch.classes(known, found)
-    if classes is None:
-        raise UserError(f"{file}: does not fit '{model}': there is no classifier among its {len(found)} tensors")
-    size = image_size or (224 if model.startswith(("imagenet_", "vit_")) else 32)
+    whole, digest = sources.read(file, key)
+    found = sources.without(file, whole, ignore)
+    pytorch.refuse_narrow(str(file), found)
+    size = image_size or stated.size or (224 if model.startswith(("imagenet_", "vit_")) else 32)
     shape = (size, size, channels)
-    with storage.opened(file) as content:
-        source = {"file": file.name, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+    own = trees.own(found)
+    classes = trees.classes(known, more, shape, found) if own else pytorch.classes(known, found)
+    if classes is None:
+        raise UserError(f"{file}: does not fit '{model}': there is no classifier among its {len(whole)} tensors")
     network = models.create(model, num_classes=classes)
+    to_flax = trees.to_flax if own else pytorch.to_flax
     try:
-        variables = pytorch.to_flax(str(file), model, network, shape, found, ignore)
+        variables = to_flax(str(file), model, network, shape, found)
     except UserError as e:
-        if other := _fits(model, classes, channels, found, ignore):
+        if other := _fits(model, classes, channels, found):
             raise UserError(f"{file}: does not fit '{model}', but '{other}': use --model={other}") from e
         raise
+    (trees if own else names).say_left_out(str(file), found)
+    if not own:
+        project = names.project(network, flatten_dict(variables), found)
+        beside.refuse_unlike(file, network, model, project in (names.transformers, names.transformers5))
     mean, std = (mean, std) if mean else normalisation(model, classes, shape)
-    card = weights.card(model, 1.0, 0, classes, shape, mean, std, source)
+    card = weights.card(model, 1.0, 0, classes, shape, mean, std, {"file": file.name, "sha256": digest})
     try:
         weights.write(out, variables, card)
     except OSError as e:
@@ -55,12 +68,13 @@ def convert(
     return card
 
 
-def _fits(model: str, classes: int, channels: int, found: dict, ignore: Sequence[str]) -> str:
+def _fits(model: str, classes: int, channels: int, found: dict) -> str:
     """The namesake for small images or for ImageNet's that these tensors fit; '' where there is none."""
     large = model.startswith("imagenet_")
     other, size = (model.removeprefix("imagenet_"), 32) if large else (f"imagenet_{model}", 224)
+    to_flax = trees.to_flax if trees.own(found) else pytorch.to_flax
     try:
-        pytorch.to_flax("", other, models.create(other, num_classes=classes), (size, size, channels), found, ignore)
+        to_flax("", other, models.create(other, num_classes=classes), (size, size, channels), found)
     except UserError:
         return ""
     return other

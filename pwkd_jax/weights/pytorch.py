@@ -1,16 +1,14 @@
 """PyTorch weights: read without running anything of theirs, and translated to this project's names and layouts and back.
 
-A model's `torch_names` says what each of its modules is called elsewhere. Convolution kernels turn from [out, in, h, w] to
+`names` says what each module of a model is called elsewhere. Convolution kernels turn from [out, in, h, w] to
 [h, w, in, out], matrices from [out, in] to [in, out]; batch norm's weight is `scale`, its running mean and variance
-statistics. A transformer's joint projection [3 * D, D] is cut into query, key and value and each into heads.
+statistics. A transformer's joint projection [3 * D, D] is cut into query, key and value, which some projects keep apart, and
+each into heads.
 """
 
-import collections
-import fnmatch
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pwkd_jax import models, storage, weights
 from pwkd_jax.errors import UserError
-from pwkd_jax.weights import files
+from pwkd_jax.weights import files, names
 
-LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 JOINT = ("query", "key", "value")
 # Of several networks in one file, these are meant first: averaged weights are what a training script reports, and of a pair
 # it is the student that was trained.
@@ -34,7 +31,7 @@ SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 
 
 def read(path: Path, key: str = "") -> dict[str, np.ndarray]:
-    """{name: array} of a .safetensors file, or of a PyTorch checkpoint (.pth, .pt, .tar, .bin).
+    """{name: array} of a PyTorch checkpoint (.pth, .pt, .tar, .bin).
 
     key: which network of several, as in state_dict_ema, or what its names begin with, as in teacher. Where it is not given, the
     first of FIRST is taken, and said on standard error.
@@ -43,16 +40,11 @@ def read(path: Path, key: str = "") -> dict[str, np.ndarray]:
     is run. Raises UserError for that, for a torn or missing file, and where PyTorch is needed but not installed.
     """
     files.refuse_missing(path)
-    if path.suffix == ".safetensors":
-        arrays, metadata = files.tensors(path)
-        if metadata.get("format") == "pwkd_jax":
-            raise UserError(f"{path}: is a file of this project already, and needs no conversion")
-        return _named(path, choose(path, {"": arrays}, key), key)
     try:
         import torch
     except ImportError:
         raise UserError(
-            f"{path}: reading PyTorch checkpoints needs PyTorch (pip install torch); .safetensors files do not"
+            f"{path}: reading PyTorch checkpoints needs PyTorch (pip install torch); .safetensors and .npz files do not"
         ) from None
     import pickle
     import warnings
@@ -79,7 +71,7 @@ def read(path: Path, key: str = "") -> dict[str, np.ndarray]:
     networks = state_dicts(content, torch.Tensor)
     if not networks:
         raise UserError(f"{path}: holds no state dict, neither by itself nor in a dictionary of it")
-    found = _named(path, choose(path, networks, key), key)
+    found = named(path, choose(path, networks, key), key)
     try:
         found = {name: tensor.detach() for name, tensor in found.items()}
         return {name: _array(tensor, torch) for name, tensor in found.items()}
@@ -135,7 +127,7 @@ def choose(path: Path, networks: dict[str, dict], key: str = "") -> dict:
     return networks[chosen]
 
 
-def _named(path: Path, found: dict, key: str) -> dict:
+def named(path: Path, found: dict, key: str) -> dict:
     """Of a state dict that holds several networks side by side, the names of the one meant: of `key`, or of the student."""
     heads = {name.split(".")[0] for name in found}
     if key and any(name.startswith(f"{key.rstrip('.')}.") for name in found):
@@ -149,27 +141,9 @@ def _named(path: Path, found: dict, key: str) -> dict:
     return found
 
 
-def _found_as(name: str, found: Mapping[str, Any], prefix: str | None = None) -> str | None:
-    """What a file calls `name`: with `prefix`, or else the only one of its names that ends so after a dot."""
-    if prefix is not None and prefix + name in found:
-        return prefix + name
-    ending = [key for key in found if key == name or key.endswith(f".{name}")]
-    return ending[0] if len(ending) == 1 else None
-
-
-def _prefix(wanted: Iterable[Sequence[str]], found: Mapping[str, Any]) -> str:
-    """What wrappers (DataParallel, torch.compile, Lightning, mmpretrain and the like) put before most of the wanted names."""
-    count: collections.Counter[str] = collections.Counter()
-    for keys in wanted:
-        for key in keys:
-            count.update({name[: len(name) - len(key)] for name in found if name == key or name.endswith(f".{key}")})
-    return max(count, key=lambda prefix: (count[prefix], -len(prefix)), default="")
-
-
-def refuse_narrow(where: str, found: dict[str, np.ndarray], ignore: Sequence[str] = ()) -> None:
-    """UserError naming the first tensor of 8-bit floats, but for those of the patterns `ignore`."""
-    kept = {name: x for name, x in found.items() if not any(fnmatch.fnmatch(name, pattern) for pattern in ignore)}
-    narrow = [name for name, x in kept.items() if x.dtype.itemsize == 1 and jnp.issubdtype(x.dtype, jnp.floating)]
+def refuse_narrow(where: str, found: dict[str, np.ndarray]) -> None:
+    """UserError naming the first tensor of 8-bit floats."""
+    narrow = [name for name, x in found.items() if x.dtype.itemsize == 1 and jnp.issubdtype(x.dtype, jnp.floating)]
     if narrow:
         more = f" and {len(narrow) - 1} more such tensors" if len(narrow) > 1 else ""
         raise UserError(
@@ -180,46 +154,39 @@ def refuse_narrow(where: str, found: dict[str, np.ndarray], ignore: Sequence[str
 
 def classes(model: nn.Module, found: dict[str, np.ndarray]) -> int | None:
     """The number of classes that a file's classifier has, or None where it has none of the model's names."""
-    names = (_found_as(f"{name}.bias", found) for name in _names(model, "classifier"))
-    return next((found[name].shape[0] for name in names if name and found[name].ndim), None)
+    heads = [head for project in names.PROJECTS for head in project(model, "classifier")]
+    biases = (names.found_as(f"{head}.bias", found) for head in heads)
+    return next((found[bias].shape[0] for bias in biases if bias and found[bias].ndim), None)
 
 
-def to_flax(
-    where: str,
-    name: str,
-    model: nn.Module,
-    image_shape: tuple[int, ...],
-    found: dict[str, np.ndarray],
-    ignore: Sequence[str] = (),
-) -> dict:
-    """Variables of `model` (called `name` in messages) from a file's tensors.
+def to_flax(where: str, name: str, model: nn.Module, image_shape: tuple[int, ...], found: dict[str, np.ndarray]) -> dict:
+    """Variables of `model` (called `name` in messages) from a file's tensors, by the names of the project that fits them best.
 
-    ignore: patterns (shell style) of tensors to leave out. Raises UserError listing every tensor that is missing, of another
-    shape, or left over: nothing is dropped in silence but PyTorch's counters of batches.
+    Raises UserError listing every tensor that is missing, of another shape, or left over, all but those of `names.LEFT_OUT`.
     """
-    found = {key: x for key, x in found.items() if not key.endswith(("num_batches_tracked", "n_averaged"))}
-    for pattern in ignore:
-        if not (dropped := fnmatch.filter(found, pattern)):
-            raise UserError(f"--ignore: '{pattern}' is the name of nothing in {where}")
-        found = {key: x for key, x in found.items() if key not in dropped}
+    found = {key: x for key, x in found.items() if not names.left_out(key)}
     like = flatten_dict(models.abstract(model, image_shape))
-    wanted = {path: _keys(model, path) for path in like}
-    prefix = _prefix(wanted.values(), found)
+    project = names.project(model, like, found)
+    wanted = {path: names.keys(project, model, path) for path in like}
+    prefix = names.prefix(wanted.values(), found)
     result, used, phrases = {}, set(), []
     for path, keys in wanted.items():
-        key = next((as_ for key in keys if (as_ := _found_as(key, found, prefix))), None)
+        key = next((as_ for key in keys if (as_ := names.found_as(key, found, prefix))), None)
         if key is None:
             phrases.append(f"{prefix}{' or '.join(keys)} is not in it")
             continue
         used.add(key)
-        array, shape = found[key], _torch_shape(path, like[path].shape)
+        joint = _joint(path, wanted)
+        array, shape = found[key], _torch_shape(path, like[path].shape, joint)
         if array.shape != shape:
             phrases.append(f"{key} is {list(array.shape)}, not {list(shape)}")
         elif bad := weights.unusable(array):
             phrases.append(f"{key} {bad}")
         else:
-            result[path] = _from_torch(path, array, like[path].shape)
-    phrases += [f"{key} is not wanted" for key in sorted(found.keys() - used)]
+            result[path] = _from_torch(path, array, like[path].shape, joint)
+    left = sorted(found.keys() - used)
+    names.refuse_unfit(where, name, left)
+    phrases += [f"{key} is not wanted" for key in left]
     weights.refuse_misfits(where, name, dict.fromkeys(phrases))
     return unflatten_dict(result)
 
@@ -227,10 +194,11 @@ def to_flax(
 def to_torch(model: nn.Module, variables: dict) -> dict[str, np.ndarray]:
     """The inverse of `to_flax`: {name in the first of the model's reference projects: array}."""
     flat = flatten_dict(jax.device_get(variables))
+    named = {path: names.keys(names.reference, model, path) for path in flat}
     result: dict[str, np.ndarray] = {}
     for path, array in flat.items():
-        key = _keys(model, path)[0]
-        if not _joint(path):
+        key = named[path][0]
+        if not _joint(path, named):
             result[key] = _to_torch(path, np.asarray(array))
         elif path[-2] == "query":
             parts = [np.asarray(flat[(*path[:-2], part, path[-1])]) for part in JOINT]
@@ -238,29 +206,21 @@ def to_torch(model: nn.Module, variables: dict) -> dict[str, np.ndarray]:
     return {key: np.ascontiguousarray(array) for key, array in result.items()}
 
 
-def _names(model: nn.Module, module: str) -> tuple[str, ...]:
-    # A model of one's own is expected under its own names.
-    return model.torch_names(module) if hasattr(model, "torch_names") else (module.replace("/", "."),)
-
-
-def _keys(model: nn.Module, path: tuple[str, ...]) -> tuple[str, ...]:
-    """Names that the array at `path` (collection first) may have in a file."""
-    *module, leaf = path[1:]
-    if not module:  # a parameter of the model itself
-        return _names(model, leaf)
-    names = _names(model, "/".join(module))
-    return tuple(f"{name}{'' if name.endswith('_') else '.'}{LEAVES.get(leaf, leaf)}" for name in names)
-
-
-def _joint(path: tuple[str, ...]) -> bool:
+def _projection(path: tuple[str, ...]) -> bool:
     return len(path) > 3 and path[-3] == "attention" and path[-2] in JOINT
 
 
-def _torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in PyTorch of an array that has `shape` here."""
-    if _joint(path):
+def _joint(path: tuple[str, ...], named: dict[tuple[str, ...], tuple[str, ...]]) -> bool:
+    """Whether query, key and value are one array where they are called so."""
+    return _projection(path) and len({named[(*path[:-2], part, path[-1])] for part in JOINT}) == 1
+
+
+def _torch_shape(path: tuple[str, ...], shape: tuple[int, ...], joint: bool) -> tuple[int, ...]:
+    """The shape in PyTorch of an array that has `shape` here. joint: with query, key and value in one."""
+    if _projection(path):
         width = math.prod(shape[-2:])
-        return (3 * width, shape[0]) if path[-1] == "kernel" else (3 * width,)
+        out = 3 * width if joint else width
+        return (out, shape[0]) if path[-1] == "kernel" else (out,)
     if path[-1] != "kernel":
         return shape
     if path[-3:-1] == ("attention", "out"):
@@ -268,8 +228,8 @@ def _torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ..
     return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
-def _from_torch(path: tuple[str, ...], array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if _joint(path):
+def _from_torch(path: tuple[str, ...], array: np.ndarray, shape: tuple[int, ...], joint: bool) -> np.ndarray:
+    if joint:
         array = np.split(array, 3)[JOINT.index(path[-2])]
     if path[-1] == "kernel":
         array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
@@ -278,8 +238,8 @@ def _from_torch(path: tuple[str, ...], array: np.ndarray, shape: tuple[int, ...]
 
 def _to_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     if path[-1] != "kernel":
-        return array.reshape(-1) if _joint(path) else array
-    if _joint(path):
+        return array.reshape(-1) if _projection(path) else array
+    if _projection(path):
         return array.reshape(array.shape[0], -1).T
     if path[-3:-1] == ("attention", "out"):
         array = array.reshape(-1, array.shape[-1])
