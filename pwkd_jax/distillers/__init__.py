@@ -42,6 +42,7 @@ from pwkd_jax.distillers.dkd import DKD
 from pwkd_jax.distillers.fitnet import FitNet
 from pwkd_jax.distillers.fsp import FSP
 from pwkd_jax.distillers.ft import FT
+from pwkd_jax.distillers.ickd import ICKD
 from pwkd_jax.distillers.kd import KD
 from pwkd_jax.distillers.kdsvd import KDSVD
 from pwkd_jax.distillers.mgd import MGD
@@ -58,8 +59,11 @@ from pwkd_jax.distillers.semckd import SemCKD
 from pwkd_jax.distillers.simkd import SimKD
 from pwkd_jax.distillers.sokd import SoKD
 from pwkd_jax.distillers.sp import SP
+from pwkd_jax.distillers.srd import SRD
 from pwkd_jax.distillers.srrl import SRRL
+from pwkd_jax.distillers.streamlined import Streamlined
 from pwkd_jax.distillers.student_friendly import StudentFriendly
+from pwkd_jax.distillers.ttm import TTM, WTTM
 from pwkd_jax.distillers.vid import VID
 from pwkd_jax.errors import UserError
 
@@ -67,9 +71,10 @@ __all__ = ["BUILTIN", "START", "Distillation", "Progress", "Sum", "build", "crea
 
 BUILTIN = {
     "ab": AB, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "ctkd": CTKD, "dist": DIST, "dkd": DKD, "fitnet": FitNet,
-    "fsp": FSP, "ft": FT, "kd": KD, "kdsvd": KDSVD, "mgd": MGD, "mlkd": MLKD, "nkd": NKD, "nst": NST, "ofa": OFA,
+    "fsp": FSP, "ft": FT, "ickd": ICKD, "kd": KD, "kdsvd": KDSVD, "mgd": MGD, "mlkd": MLKD, "nkd": NKD, "nst": NST, "ofa": OFA,
     "ofd": OFD, "pkt": PKT, "reviewkd": ReviewKD, "rkd": RKD, "rld": RLD, "semckd": SemCKD, "simkd": SimKD,
-    "sokd": SoKD, "sp": SP, "srrl": SRRL, "student_friendly": StudentFriendly, "vid": VID,
+    "sokd": SoKD, "sp": SP, "srd": SRD, "srrl": SRRL, "streamlined": Streamlined, "student_friendly": StudentFriendly,
+    "ttm": TTM, "vid": VID, "wttm": WTTM,
 }  # fmt: skip
 
 
