@@ -6,7 +6,6 @@ for data.data_dir, emptied), and explained/kd.json of explain.py.
     python configs/evidence/page.py --again          again/kd.json, cells of kd that ran a second time, on another machine
     python configs/evidence/page.py --screening      screening/VARIANT.json
     python configs/evidence/page.py --confirmation   confirmation/VARIANT.json
-    python configs/evidence/page.py --options        options/NAME.json
     python configs/evidence/page.py --picture FILE   draw them too
 
 A gain is pwkd minus a control, seed by seed; its interval is the 95 % one of Student's t over the seeds.
@@ -129,18 +128,6 @@ def confirmation_table() -> str:
     return "\n".join([head, "|---|---|---|---|---|---|", *(_row(name, summary) for name, summary in confirmed().items())])
 
 
-def options_table() -> str:
-    """Every option that was tried on its own, and the plain recipe, whose three seeds tell how much one is worth."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results" / "options").glob("*.json"))}
-    plain = last(found["plain"], "alone")
-    rows = ["| option | top-1, % | over `plain`, points | last training loss |", "|---|---|---|---|"]
-    for name in sorted(found, key=lambda name: -last(found[name], "alone").mean()):
-        scores, loss = last(found[name], "alone"), found[name]["runs"][0]["curve"][-1]["train_loss"]
-        top1 = f"{scores.mean():.1f} ± {scores.std(ddof=1):.1f}" if len(scores) > 1 else f"{scores[0]:.1f}"
-        rows.append(f"| `{name}` | {top1} | {f'{scores[0] - plain.mean():+.1f}' if name != 'plain' else ''} | {loss:.2f} |")
-    return "\n".join(rows)
-
-
 def _row(name: str, summary: dict) -> str:
     """Both controls and pwkd, with the gain of the latter."""
     _, mean, half = gain(summary)
@@ -164,9 +151,11 @@ def picture(found: dict[str, dict], path: Path) -> None:
     beside.set(ylabel="calibration error, % (dashed)", ylim=(0, None))
     by_width.set(title="teacher", xlabel="width", ylabel="top-1, %")
     for arm, colour in COLOURS.items():
+        if arm not in explained["arms"]:
+            continue
         like = explained["arms"][arm]["like"]
         alike.plot([float(w) for w in like], [like[w]["agreement"] for w in like], "o-", color=colour, label=arm, markersize=3)
-    alike.set(title="agreement of the students at the end", xlabel="with the teacher at width", ylabel="%")
+    alike.set(title="whom students resemble", xlabel="teacher's width", ylabel="agreement at the end, %")
     alike.legend(frameon=False, fontsize=7)
     for arm, colour in list(COLOURS.items())[:3]:
         runs = [run["curve"] for run in kd["runs"] if run["arm"] == arm]
@@ -203,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--picture", type=Path)
     tables = {"first": lambda: table(other("first")), "again": again_table, "screening": screening_table,
-              "confirmation": confirmation_table, "options": options_table}  # fmt: skip
+              "confirmation": confirmation_table}  # fmt: skip
     which = parser.add_mutually_exclusive_group()
     for name in tables:
         which.add_argument(f"--{name}", dest="which", action="store_const", const=name)
