@@ -11,13 +11,14 @@ from conftest import close, network_outputs
 from scipy.special import logsumexp
 from test_distillers import BATCH
 
-from pwkd_jax import distillers
+from pwkd_jax import config, distillers, train
 from pwkd_jax.distillers.ickd import ickd_loss
 from pwkd_jax.distillers.kd import kd_loss
 from pwkd_jax.distillers.srd import normed, srd_loss
 from pwkd_jax.distillers.streamlined import direction_loss
 from pwkd_jax.distillers.ttm import ttm_losses
 from pwkd_jax.errors import UserError
+from pwkd_jax.experiment import definition
 
 DATA = Path(__file__).parent / "data"
 IMAGES = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float32)
@@ -124,6 +125,19 @@ def test_modules_are_their_formulas(name):
         close(loss, 2 * np.log(np.sum(np.abs(s - t) ** 4)) + metrics["logits"], 1e-4)
     if name == "ickd":
         assert variables["params"]["conv"]["kernel"].shape == (1, 1, student.stages[-1].shape[-1], teacher.stages[-1].shape[-1])
+
+
+def test_parts_of_a_batch_are_what_a_method_is_fitted_to(tmp_path, capsys):
+    tiny = ["--config=configs/digits.py", "--config.data.train_split=train[:64]", "--config.data.test_split=test[:32]",
+            "--config.teacher.model=resnet8", "--config.teacher.widths=(0.5,1.0)", "--config.student.batch_size=8",
+            "--config.arms=pwkd", "--config.student.accumulate=8"]  # fmt: skip
+    # Before a teacher is trained for a student that could not learn from it.
+    assert train.main([*tiny, "--config.student.distiller.name=streamlined", f"--workdir={tmp_path / 'w'}"]) == 2
+    assert "streamlined compares images of a batch, and there is one" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+    settings, _ = config.load([*tiny[:-1], "--config.student.accumulate=2", "--config.student.distiller.name=semckd"])
+    made = definition.prepare(settings).distillation("slimmable", [0.5])
+    assert made.batch["image"].shape[0] == 4
 
 
 def test_what_they_cannot_do_is_refused():

@@ -243,9 +243,10 @@ def fit_distiller(
     c = config.student
     options = {k: v for k, v in c.distiller.items() if k != "name"}
     by_width = c.widths or tuple(sorted(config.teacher.widths))
+    images = facts["train_images"] if wants_labels(config) else 0
     return distillers.fit(
         distillers.create(c.distiller.name, **options), student, {w: net.members[w] for w in {*widths, net.widest}},
-        tuple(facts["image_shape"]), batch_size=c.batch_size, images=facts["train_images"] if wants_labels(config) else 0,
+        tuple(facts["image_shape"]), batch_size=c.batch_size // c.accumulate, images=images,
         standardise=c.standardise_logits, temperatures=dict(zip(by_width, c.temperatures, strict=False)),
         mixed=bool(c.mix.mixup or c.mix.cutmix) and c.mix.chance > 0,
     )  # fmt: skip

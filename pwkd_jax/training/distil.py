@@ -193,7 +193,9 @@ def distil(
     if teacher and (missing := {w for s in plan for w in s.widths} - {*teacher.variables}):
         raise UserError(f"plan: a stage is taught at width {min(missing):g}, which the teacher does not have: {teacher.widths}")
     mixed = mix is not None and mix.mixes
-    distillation = fit(student, teacher, task, distiller, batch_size=size, mixed=mixed) if teacher else None
+    # A method sees one part of a batch at a time.
+    seen = size // accumulate
+    distillation = fit(student, teacher, task, distiller, batch_size=seen, mixed=mixed) if teacher else None
     ends = [s.end for s in plan]
     spans = stages.cycles(plan, True)
     rule = optimizers.rule(optimizer, learning_rate, lambda peak: schedules.learning_rate(spans, form="cosine", peak=peak))
