@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from pwkd_jax import report
 from pwkd_jax.errors import UserError
@@ -176,16 +177,20 @@ def test_a_negative_gain_stays_negative():
     found = build({**LAST, "pwkd": (95.0, 95.1, 94.9), "kd_whole": (97.0, 97.0, 97.0)})
     close(found["gain"]["partial_to_whole"], -2.0, 0.1, 3)
     assert found["gain"]["partial_to_whole"]["against"] == "kd_whole"
-    assert "-2.00 ± 0.10 points over 3 seeds, worse by more" in phrases.headline(found)
+    # SciPy's own interval of these differences.
+    low, high = stats.ttest_1samp([-2.0, -1.9, -2.1], 0).confidence_interval(0.95)
+    between = f"{low:+.2f} to {high:+.2f}: more than chance"
+    assert f"-2.00 points over 3 seeds, 95 % interval of the differences seed by seed {between}" in phrases.headline(found)
 
 
 def test_headline_says_when_nothing_can_be_told():
-    assert "+0.20 ± 0.10 points over 3 seeds, better by more" in phrases.headline(build())
+    low, high = stats.ttest_1samp([0.3, 0.1, 0.2], 0).confidence_interval(0.95)
+    assert f"seed by seed {low:+.2f} to {high:+.2f}: not distinguishable" in phrases.headline(build()) and low < 0
     within = build({"kd_whole": (96.0, 96.2), "kd_whole_cyclic": (95.0, 95.0), "pwkd": (96.3, 96.0)})
-    assert "its better control kd_whole: +0.05 ± 0.35 points over 2 seeds" in phrases.headline(within)
+    assert "its better control kd_whole: +0.05 points over 2 seeds" in phrases.headline(within)
     assert "not distinguishable" in phrases.headline(within)
     same = build({"kd_whole": (96.0, 96.2), "pwkd": (96.0, 96.2)})
-    assert "+0.00 ± 0.00 points over 2 seeds, within" in phrases.headline(same)
+    assert "+0.00 to +0.00: not distinguishable" in phrases.headline(same)
     one = phrases.headline(build({"kd_whole": (96.0,), "kd_whole_cyclic": (96.1,), "pwkd": (96.5,)}))
     assert "pwkd 96.50 against 96.10" in one and "+0.40 points over 1 seed;" in one and "told from chance" in one
 
@@ -295,7 +300,7 @@ def test_table():
     assert re.search(r"slimmable +0\.25 +0\.47 M +67\.9 M +95\.10 +95\.30", text)
     assert re.search(r"pwkd +slimmable 0\.25 > 0\.5 > 0\.75 > 1, 4 cycles +96\.30 ± 0\.26 +96\.60 ± 0\.26 +3", text)
     assert re.search(r"\+ ensemble of its last 3 \(extra\) +96\.50 ± 0\.26 +- +3", text)
-    assert "+0.20 ± 0.10 points over 3 seeds" in " ".join(text.split()) and text.count("Warning: ") == 3
+    assert "+0.20 points over 3 seeds, 95 % interval" in " ".join(text.split()) and text.count("Warning: ") == 3
 
 
 def test_table_folds_long_plans():
@@ -336,7 +341,7 @@ def test_plans_in_words():
 def test_page():
     html = pages(page.report(build()))
     assert html.count("<svg") == 6
-    assert "pwkd 96.30 ± 0.26 against 96.10 ± 0.30 for its better control kd_whole_cyclic: +0.20 ± 0.10" in html
+    assert "pwkd 96.30 ± 0.26 against 96.10 ± 0.30 for its better control kd_whole_cyclic: +0.20 points" in html
     assert "prefers-color-scheme: dark" in html and "arXiv 2109.12507" in html
     assert "&#34;peak&#34;: 0.1" in html and "0123abc" in html
 
@@ -392,7 +397,8 @@ def test_compare():
         ["new", "(not set)", "null"],
     ]
     text = report.compare(named)
-    assert re.search(r"pwkd +96\.30 ± 0\.26 +95\.00\n", text) and re.search(r"gain +\+0\.20 ± 0\.10 +-1\.00\n", text)
+    assert re.search(r"pwkd +96\.30 ± 0\.26 +95\.00\n", text)
+    assert re.search(r"gain +\+0\.20 \(-0\.05 to \+0\.45\) +-1\.00\n", text)
     assert "Config keys that differ: seeds, student.peak, new" in text
     html = pages(page.comparison(named, report.differing(named)))
     assert "student.peak" in html and "digits (runs/b)" in html and "-1.00 points over 1 seed" in html

@@ -30,12 +30,12 @@ def compare(named: dict[str, dict]) -> str:
     ]
     parts = ["\n".join(parts)]
     # As many summaries side by side as fit the line.
-    for first in range(0, len(rows), 5):
-        some = rows[first : first + 5]
+    for first in range(0, len(rows), 3):
+        some = rows[first : first + 3]
         numbers = [f"[{first + i}]" for i in range(1, len(some) + 1)]
         cells = [[header[c], *(row[c] for row in some)] for c in (*range(5, len(header)), 4)]
         parts.append(phrases.grid(["last top-1", *numbers], cells))
-    parts.append("gain: pwkd minus the better of kd_whole and kd_whole_cyclic, in points, seed by seed")
+    parts.append("gain: pwkd minus the better of kd_whole and kd_whole_cyclic, in points, seed by seed, 95 % interval")
     if differ := differing(named):
         parts.append(phrases.wrap("Config keys that differ: " + ", ".join(row[0] for row in differ), "  "))
     return "\n\n".join(parts)

@@ -37,12 +37,12 @@ def comparison(named: dict[str, dict], differing: Sequence[Sequence[str]]) -> st
     differing: the rows of the table of config keys that differ, [key, value in each summary].
     """
     header, rows = phrases.comparison_rows(named)
-    arms = {"caption": "Top-1 in percent at the last epoch, and what partial to whole gained in points."}
+    arms = {"caption": "Top-1 in percent at the last epoch, and what partial to whole gained in points, 95 % interval."}
     arms |= {"header": header, "rows": rows, "text": 4}
     gains = _figure(
         plots.gains(named),
-        "What partial to whole gained: pwkd minus its better control in points, mean and standard deviation of the "
-        "differences seed by seed. Left of the line it lost.",
+        "What partial to whole gained: pwkd minus its better control in points, mean and 95 % interval "
+        "(Student's t) of the differences seed by seed. Left of the line it lost.",
     )
     text = ["" if differing else "The configs do not differ."]
     config = {"caption": "Config keys that differ.", "header": ["key", *named], "rows": differing}
@@ -58,9 +58,10 @@ def comparison(named: dict[str, dict], differing: Sequence[Sequence[str]]) -> st
 
 def sweep(name: str, named: dict[str, dict], header: Sequence[str], rows: Sequence[Sequence[str]], missing: str) -> str:
     """The page of a sweep: its table, and the gains of its experiments. missing: a sentence on unfinished points, or ''."""
-    table = {"caption": "Top-1 in percent at the last epoch, mean ± sample standard deviation over seeds; gains in points."}
+    told = "Top-1 in percent at the last epoch, mean ± sample standard deviation over seeds; gains in points, 95 % interval."
+    table = {"caption": told}
     table |= {"header": header, "rows": rows, "text": 1}
-    gains = _figure(plots.gains(named), "What partial to whole gained: pwkd minus its better control in points.")
+    gains = _figure(plots.gains(named), "What partial to whole gained: pwkd minus its better control in points, 95 % interval.")
     warned = [f"{own}: {line}" for own, summary in named.items() for line in summary["warnings"]]
     said = [f"{own}: {phrases.headline(summary)}" for own, summary in named.items()]
     sections = [_section("Results", gains, [table]), _section("In words", text=said)]

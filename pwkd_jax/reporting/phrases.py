@@ -4,6 +4,8 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 
+from scipy.special import stdtrit
+
 LINE = 100
 CONTROLS = ("kd_whole", "kd_whole_cyclic")
 
@@ -44,12 +46,28 @@ def stat(values: Sequence[float]) -> dict:
     return {"mean": statistics.fmean(values), "std": std, "n": len(values)}
 
 
-def spread(value: dict | None, sign: str = "") -> str:
-    """`96.30 ± 0.20`, or `96.30` where one value has no spread. sign: `+` writes it for positive numbers too."""
+def spread(value: dict | None) -> str:
+    """`96.30 ± 0.20`, or `96.30` where one value has no spread."""
     if value is None:
         return "-"
-    mean = f"{value['mean']:{sign}.2f}"
+    mean = f"{value['mean']:.2f}"
     return mean if value["std"] is None else f"{mean} ± {value['std']:.2f}"
+
+
+def interval(value: dict) -> tuple[float, float] | None:
+    """(low, high) of the 95 % interval of a mean, by Student's t over its n values; None of one value."""
+    if value["std"] is None:
+        return None
+    half = float(stdtrit(value["n"] - 1, 0.975)) * value["std"] / value["n"] ** 0.5
+    return value["mean"] - half, value["mean"] + half
+
+
+def gain(value: dict | None) -> str:
+    """`-0.74 (-1.75 to +0.26)`: a mean of paired differences and its 95 % interval; the mean alone of one."""
+    if value is None:
+        return "-"
+    between = interval(value)
+    return f"{value['mean']:+.2f}" + (f" ({between[0]:+.2f} to {between[1]:+.2f})" if between else "")
 
 
 def width(value: float) -> str:
@@ -75,28 +93,25 @@ def plan(stages: Sequence[dict], cycles: Sequence) -> str:
 
 def against(difference: dict, arms: dict, baseline: str) -> str:
     """What pwkd earned over `difference["against"]`, called `baseline`, and whether that can be told from chance."""
-    other, n = difference["against"], difference["n"]
+    other, n, between = difference["against"], difference["n"], interval(difference)
     head = (
         f"pwkd {spread(arms['pwkd']['top1_last'])} against {spread(arms[other]['top1_last'])} for {baseline}: "
-        f"{spread(difference, '+')} {'points' if n != 1 else 'points over 1 seed'}"
+        f"{difference['mean']:+.2f} {'points' if n != 1 else 'points over 1 seed'}"
     )
-    if n == 1:
+    if between is None:
         tail = "; one seed has no spread, so this cannot be told from chance"
-    elif abs(difference["mean"]) <= difference["std"]:
-        tail = f" over {n} seeds, within one standard deviation of the differences seed by seed: not distinguishable"
     else:
-        worth = "better" if difference["mean"] > 0 else "worse"
-        tail = f" over {n} seeds, {worth} by more than one standard deviation of the differences seed by seed"
+        tail = f" over {n} seeds, 95 % interval of the differences seed by seed {between[0]:+.2f} to {between[1]:+.2f}: "
+        tail += "not distinguishable from none" if between[0] <= 0 <= between[1] else "more than chance"
     note = f" ({difference['note']})" if difference["note"] else ""
     return f"{head}{tail}{note}."
 
 
 def headline(summary: dict) -> str:
     """The result of an experiment as a sentence: pwkd against the better of its two controls, or why there is none."""
-    gain = summary["gain"]
-    whole = gain["partial_to_whole"]
+    whole = summary["gain"]["partial_to_whole"]
     if whole is None:
-        return f"No gain of partial to whole is reported: {gain['reason']}."
+        return f"No gain of partial to whole is reported: {summary['gain']['reason']}."
     both = all(control in summary["arms"] for control in CONTROLS)
     compared = "its better control" if both else "its only control"
     return against(whole, summary["arms"], f"{compared} {whole['against']}")
@@ -196,6 +211,6 @@ def comparison_rows(named: dict[str, dict]) -> tuple[list[str], list[list[str]]]
     for name, summary in named.items():
         models = dict.fromkeys(teacher["model"] for teacher in summary["teachers"].values())
         last = [spread(summary["arms"].get(arm, {}).get("top1_last")) for arm in arms]
-        gain = spread(summary["gain"]["partial_to_whole"], "+")
-        rows.append([name, summary["data"]["name"], ", ".join(models) or "-", summary["student"]["model"], gain, *last])
+        earned = gain(summary["gain"]["partial_to_whole"])
+        rows.append([name, summary["data"]["name"], ", ".join(models) or "-", summary["student"]["model"], earned, *last])
     return ["name", "dataset", "teacher", "student", "gain", *arms], rows

@@ -181,7 +181,7 @@ def ensembles(summary: dict) -> str:
 
 @styled
 def gains(named: dict[str, dict]) -> str:
-    """pwkd minus its better control [points], mean ± std, for each of the named summaries that has it."""
+    """pwkd minus its better control [points], mean and 95 % interval, for each of the named summaries that has it."""
     found = {name: s["gain"]["partial_to_whole"] for name, s in named.items() if s["gain"]["partial_to_whole"]}
     if not found:
         return ""
@@ -190,13 +190,14 @@ def gains(named: dict[str, dict]) -> str:
     axes.axvline(0, color=INK, linewidth=1)
     for y, stat in enumerate(found.values()):
         bar = {"fmt": "o", "color": LOOKS["pwkd"][0], "markersize": 8, "capsize": 4, "linewidth": 2}
-        axes.errorbar(stat["mean"], y, xerr=stat["std"], **bar)
+        low, high = phrases.interval(stat) or (stat["mean"], stat["mean"])
+        axes.errorbar(stat["mean"], y, xerr=[[stat["mean"] - low], [high - stat["mean"]]], **bar)
     short = [name if len(name) <= 28 else name[:12] + "..." + name[-13:] for name in found]
     axes.set_yticks(range(len(found)), short, parse_math=False)
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("pwkd minus its better control (points)")
-    said = "; ".join(f"{name} {phrases.spread(stat, '+')}" for name, stat in found.items())
+    said = "; ".join(f"{name} {phrases.gain(stat)}" for name, stat in found.items())
     return svg(figure, "gains", f"Gain of partial to whole in points: {said}")
 
 

@@ -3,7 +3,8 @@
 `results.json`: {"format": "pwkd_jax.sweep_results", "version", "name", "rows", "unfinished": [point]}. A row is an experiment:
 {"point", "axes", "arms": {arm: stat of last top-1}, "teacher_top1": last top-1 of the slimmable teacher's widest,
 "standard_top1": the ordinary teacher's, "gain": stat of pwkd minus its better control}; what did not run is null.
-`results.csv` has a line for each experiment and arm. Accuracies are in percent, gains in points.
+`results.csv` has a line for each experiment and arm, with the gain's 95 % interval (gain_low, gain_high). Accuracies are in
+percent, gains in points.
 """
 
 import csv
@@ -91,7 +92,7 @@ def cells(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
             one(row["teacher_top1"]),
             one(row["standard_top1"]),
             *(phrases.spread(row["arms"].get(arm)) for arm in arms),
-            phrases.spread(row["gain"], "+"),
+            phrases.gain(row["gain"]),
         ]
         for row in rows
     ]
@@ -103,12 +104,14 @@ def as_csv(rows: list[dict]) -> str:
     keys = list(dict.fromkeys(key for row in rows for key in row["axes"]))
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
-    table.writerow(["point", *keys, "arm", "mean", "std", "n", "teacher_top1", "standard_top1", "gain_mean", "gain_std"])
+    table.writerow(["point", *keys, "arm", "mean", "std", "n", "teacher_top1", "standard_top1", "gain_mean", "gain_low",
+                    "gain_high"])  # fmt: skip
     for row in rows:
         for arm, stat in row["arms"].items():
-            gain = (row["gain"] or {}) if arm == "pwkd" else {}
+            gain = row["gain"] if arm == "pwkd" else None
+            between = [gain["mean"], *(phrases.interval(gain) or (None, None))] if gain else [None] * 3
             known = [stat["mean"], stat["std"], stat["n"], row["teacher_top1"], row["standard_top1"]]
-            line = [row["point"], *(row["axes"].get(k, "") for k in keys), arm, *known, gain.get("mean"), gain.get("std")]
+            line = [row["point"], *(row["axes"].get(k, "") for k in keys), arm, *known, *between]
             table.writerow(["" if value is None else value for value in line])
     return out.getvalue()
 
@@ -132,7 +135,7 @@ def text(name: str, rows: list[dict], unfinished: list[str]) -> str:
     parts.append(_columns(header, body, [c for c, _ in columns]))
     parts.append(phrases.wrap(
         "teacher: the slimmable one's widest; gain: pwkd minus the better of kd_whole and kd_whole_cyclic, in points, "
-        "seed by seed"
+        "seed by seed, and its 95 % interval"
     ))  # fmt: skip
     if unfinished:
         parts.append(phrases.wrap(missing(unfinished), "  "))
