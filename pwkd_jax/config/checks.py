@@ -146,6 +146,13 @@ def check(config: ConfigDict) -> None:
          c.mesh.model == 1), "another where networks are split over devices")  # fmt: skip
     need("student.together", s.together in ("auto", "none") or c.non_finite == "stop",
          "auto or none where non_finite is 'skip', for what one student skips the others need not")  # fmt: skip
+    need("student.mutual", s.mutual >= 0, "0 (off) or a weight")
+    need("student.mutual", not s.mutual or c.seeds != 1, "0 with one seed: its student has nobody to learn from")
+    need("student.mutual", not s.mutual or (s.batches == "shared" and s.together != "none"),
+         "0 unless student.batches is 'shared', and student.together not 'none': they learn in one program")  # fmt: skip
+    need("student.mutual", not s.mutual or (s.accumulate == 1 and c.non_finite == "stop" and not c.evaluation.patience),
+         "0 where student.accumulate, non_finite or evaluation.patience let each student go its own way")  # fmt: skip
+    need("student.mutual_temperature", s.mutual_temperature > 0, "above 0")
     one_of("student.schedule.cycles", ("per_stage", "single"))
     one_of("student.schedule.single_form", ("", *schedules.CYCLES))
     need("student.reset", set(s.reset) <= {"momentum", "batch_norm", "weights"}, "from momentum, batch_norm, weights")

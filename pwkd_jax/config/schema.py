@@ -149,6 +149,8 @@ def default() -> ConfigDict:
         "accumulate": 1,  # as the teacher's; methods that compare a batch's images see a part too
         "ema": 0.0,  # as the teacher's; it is scored, saved and predicts in the weights' place
         "batches": "own",  # every seed its own order and augmentation; shared: those of the first seed, so that all can train
+        "mutual": 0.0,  # weight of what an arm's students, with shared batches, learn from each other; 0: nothing
+        "mutual_temperature": 1.0,  # of both sides of that
         "together": "auto",  # with shared batches, in one program: auto, unroll, scan, vmap, devices (one each) or none
         "sharding": "replicated",  # as the teacher's
         "teacher_sharding": "replicated",  # of the frozen sub-network that teaches

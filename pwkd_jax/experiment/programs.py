@@ -15,6 +15,7 @@ from pwkd_jax import distillers, models, slimmable, stages
 from pwkd_jax.experiment.definition import Experiment, wants_labels
 from pwkd_jax.models import precision
 from pwkd_jax.training import dispatch, distil, schedules, sharding, student, students_together, teacher
+from pwkd_jax.training.mutual import Mutual
 
 
 def teacher_arguments(experiment: Experiment, name: str) -> dict:
@@ -51,7 +52,7 @@ def student_steps(
         data_seed=experiment.config.seed if c.batches == "shared" else None, several=several, sharding_how=c.sharding,
         start=experiment.start.get("student"), skip=experiment.skips,
         mix=experiment.mix("student"), accumulate=c.accumulate, ema=c.ema,
-        fixed=experiment.fixed["student"],
+        fixed=experiment.fixed["student"], mutual=Mutual(c.mutual, c.mutual_temperature) if c.mutual else None,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from clu import parameter_overview
 
 from pwkd_jax import distillers, stages, storage
+from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import programs, results
 from pwkd_jax.experiment.definition import Experiment
 from pwkd_jax.reporting import per_class, summary
@@ -84,6 +85,11 @@ def students(
     own = {"arm": arm, "plan": [stage._asdict() for stage in plan]}
     found = {seed: results.result(directory / f"seed{seed}", summary.STUDENT, seed=seed, **own) for seed in seeds}
     pending = [seed for seed in seeds if found[seed] is None]
+    if experiment.config.student.mutual and 0 < len(pending) < len(seeds):
+        raise UserError(
+            f"seeds: of {arm} {len(seeds) - len(pending)} of {len(seeds)} students are finished, and those of student.mutual "
+            "learn from each other from their first step on; begin a new workdir"
+        )
     several = experiment.several(len(pending))
     groups = [pending] if several else [[seed] for seed in pending]
     if pending:

@@ -106,7 +106,7 @@ def build(
             "ensemble_members": ensemble_members,
             "arms": arms,
             "gain": _gain(arms),
-            "warnings": gates(teachers, arms) + learnt_nothing(teachers, arms, data),
+            "warnings": gates(teachers, arms) + learnt_nothing(teachers, arms, data) + coupled(config),
             "seconds": seconds,
         }
     )
@@ -270,6 +270,14 @@ def learnt_nothing(teachers: dict, arms: dict, data: dict) -> list[str]:
         for who, (top1, key) in found.items()
         if top1 <= most
     ]
+
+
+def coupled(config: dict) -> list[str]:
+    """A sentence where the students of an arm learnt from each other."""
+    if not config.get("student", {}).get("mutual"):
+        return []
+    return ["The students of an arm learnt from each other (student.mutual): their deviation and its intervals are of one "
+            "group of students, not of as many independent ones."]  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

@@ -63,7 +63,7 @@ def optimizer(
     if name == "lars":
         trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=0.001), kernels)
         return optax.chain(*clip, *decayed, trust, *average)
-    return optax.chain(*clip, *decayed, *average)
+    return optax.chain(*clip, *decayed, *average) if clip or decayed or average else optax.identity()
 
 
 def _whole(name: str, options: dict, clip: optax.GradientTransformation | None = None) -> Whole:

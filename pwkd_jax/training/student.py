@@ -15,6 +15,7 @@ from pwkd_jax.data import Mixing
 from pwkd_jax.distillers import Distillation, Progress
 from pwkd_jax.stages import Stage, place
 from pwkd_jax.training import accumulation, averaging, freezing, metrics
+from pwkd_jax.training.mutual import Mutual
 from pwkd_jax.training.state import State, apply_gradients, create, rng
 from pwkd_jax.training.students_together import Several
 
@@ -67,6 +68,7 @@ def make_step(
     mix: Mixing | None = None,
     accumulate: int = 1,
     fixed: Sequence[str] = (),
+    mutual: Mutual | None = None,
 ) -> Callable:
     """step(state, batch, teacher) -> (state, metrics) for the stages that `widths` teach; no widths is no teacher.
 
@@ -76,7 +78,7 @@ def make_step(
     of the state's own. several: the state is that of several students, see `students_together`. own(outputs, labels) -> {name:
     per-image values [B]}: metrics besides ours. mix: what becomes of images and labels; the teacher sees the same ones, unless
     it has crops of its own. accumulate: parts of a batch, see `accumulation`; the teacher sees one at a time too.
-    fixed: parts of the student that stay as they are, see `freezing`.
+    fixed: parts of the student that stay as they are, see `freezing`. mutual: what several students learn from each other.
     """
     locate = place(plan)
 
@@ -100,21 +102,33 @@ def make_step(
 
             whole = look(teacher_images) if accumulate == 1 else None  # once for all students
 
-            def loss_fn(params, collections, keys, rows):
-                taught = look(rows["teacher"]) if whole is None else whole
-                batch = {name: value for name, value in (rest | rows).items() if name != "teacher"}
+            def forward(params, collections, keys, images):
                 key = keys[1] if models.draws(model, inputs.shape[1:]) else None
                 own_params = params | {"student": freezing.stopped(params["student"], fixed)}
                 with freezing.as_predicting(fixed):
-                    out, kept = models.forward(model, read(own_params, collections), batch["image"], train=True, key=key)
+                    return models.forward(model, read(own_params, collections), images, train=True, key=key)
+
+            def said(state: State):
+                return forward(state.params, state.collections, (rng(state, 3), rng(state, 4)), inputs)[0].logits
+
+            # The same computation as in each student's loss, which the compiler makes once.
+            everyone = several.everyone(said, state) if mutual else None
+
+            def loss_fn(params, collections, keys, rows):
+                taught = look(rows["teacher"]) if whole is None else whole
+                batch = {name: value for name, value in (rest | rows).items() if name != "teacher"}
+                out, kept = forward(params, collections, keys, batch["image"])
                 seen = {"train_top1": metrics.top1(out.logits, batch["label"])} | (own(out, batch["label"]) if own else {})
+                from_others = {"mutual": mutual(out.logits, everyone)} if mutual else {}
+                more = sum(from_others.values())
                 if width is None:
                     loss = jnp.mean(slimmable.cross_entropy(out.logits, batch.get("target", batch["label"])))
-                    return loss, (_collections(kept, collections["distiller"]), {**seen, "cross_entropy": loss})
+                    values = {**seen, "cross_entropy": loss, **from_others}
+                    return loss + more, (_collections(kept, collections["distiller"]), values)
                 loss, known, values = distillation(
                     params["distiller"], collections["distiller"], width, out, taught, batch, progress, keys[0]
                 )
-                return loss, (_collections(kept, known), {**seen, **values})
+                return loss + more, (_collections(kept, known), {**seen, **values, **from_others})
 
             gradient = accumulation.accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
 

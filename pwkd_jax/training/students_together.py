@@ -62,6 +62,11 @@ class Several:
             return jax.vmap(learn, in_axes=(AXES,), out_axes=(AXES, 0))
         return scanned if self.how == "scan" else unrolled
 
+    def everyone(self, look: Callable, state: State):
+        """look(state) of every student [students, ...], whichever of them are on this device."""
+        found = self.each(lambda one: (one, look(one)))(state)[1]
+        return jax.lax.all_gather(found, "seed", tiled=True) if self.how == "devices" else found
+
     def spread(self, train: Callable) -> Callable:
         """train(state, batch, teacher) -> (stacked state, values), by `devices` on all of them at once."""
         if self.how != "devices":
