@@ -4,12 +4,13 @@ import csv
 import json
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 from conftest import identical
 from test_commands import TINY, final
 
-from pwkd_jax import report, sweep, train
+from pwkd_jax import distillers, report, sweep, train
 
 KEYS = dict(override.removeprefix("--config.").split("=", 1) for override in TINY[1:])
 
@@ -197,6 +198,13 @@ def test_tables_in_a_list_set_several_keys(tmp_path):
     points = sweep.load(tmp_path / "s.toml", tmp_path)
     assert [p.name for p in points] == ["teachers/test_training_Tiny", "teachers/test_training_Tiny-2", "a", "b"]
     assert "--config.teacher.loss=inplace" in points[3].arguments
+
+
+def test_the_sweep_of_methods_has_them_all():
+    points = sweep.load(Path("configs/sweeps/methods.toml"), Path("root"))
+    named = [p.axes["student.distiller.name"] for p in points if p.group]
+    # But those that only a teacher of the student's own channels can teach.
+    assert sorted(named) == sorted({*distillers.BUILTIN} - {"fsp", "kdsvd"})
 
 
 def test_the_sweeps_that_come_with_it_are_right(capsys):
