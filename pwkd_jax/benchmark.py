@@ -19,7 +19,7 @@ from absl import logging
 
 from pwkd_jax import config
 from pwkd_jax.cost.benchmark import benchmark
-from pwkd_jax.errors import UserError
+from pwkd_jax.errors import UserError, run_command
 from pwkd_jax.reporting import benchmark as report
 
 
@@ -83,4 +83,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from pwkd_jax import storage
-from pwkd_jax.errors import UserError
+from pwkd_jax.errors import UserError, run_command
 from pwkd_jax.weights.convert import convert
 
 
@@ -57,4 +57,4 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from pwkd_jax.errors import UserError
+from pwkd_jax.errors import UserError, run_command
 from pwkd_jax.experiment.scoring import KINDS, evaluate
 from pwkd_jax.reporting import per_class
 from pwkd_jax.training import distributed, scores
@@ -88,4 +88,4 @@ def text(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

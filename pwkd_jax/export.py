@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from pwkd_jax import storage
-from pwkd_jax.errors import UserError
+from pwkd_jax.errors import UserError, run_command
 from pwkd_jax.experiment import loading
 from pwkd_jax.experiment.exporting import export
 from pwkd_jax.training import distributed
@@ -57,4 +57,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

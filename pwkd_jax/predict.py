@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import logging
 
 from pwkd_jax import storage
-from pwkd_jax.errors import UserError
+from pwkd_jax.errors import UserError, run_command
 from pwkd_jax.experiment import predicting, scoring
 
 
@@ -59,4 +59,4 @@ def _write(place: Path, content: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -23,7 +23,7 @@ from absl import logging
 from pwkd_jax import config
 from pwkd_jax.cost import input_rate
 from pwkd_jax.cost.preflight import preflight
-from pwkd_jax.errors import UserError
+from pwkd_jax.errors import UserError, run_command
 from pwkd_jax.reporting import preflight as report
 
 
@@ -92,4 +92,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pwkd_jax import storage
 from pwkd_jax.data import cifar, imagenet, sending, tfds_writer, tfrecord
-from pwkd_jax.errors import UserError
+from pwkd_jax.errors import UserError, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,4 +110,4 @@ def _cores() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

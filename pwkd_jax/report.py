@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pwkd_jax import storage
-from pwkd_jax.errors import UserError
+from pwkd_jax.errors import UserError, run_command
 from pwkd_jax.reporting import page, sweep
 from pwkd_jax.reporting import summary as summaries
 from pwkd_jax.reporting.comparison import compare, differing, name
@@ -93,4 +93,4 @@ def _say(text: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

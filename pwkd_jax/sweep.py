@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pwkd_jax import export, storage, train
-from pwkd_jax.errors import UserError
+from pwkd_jax.errors import UserError, run_command
 from pwkd_jax.experiment.sweep import Point, chosen, command, load, write
 
 
@@ -83,4 +83,4 @@ def _run(points: Sequence[Point], root: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

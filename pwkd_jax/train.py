@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from pwkd_jax import config, storage
 from pwkd_jax.cost import compilation_cache
-from pwkd_jax.errors import UserError
+from pwkd_jax.errors import UserError, run_command
 from pwkd_jax.experiment import fingerprint, run
 from pwkd_jax.reporting import summary
 from pwkd_jax.training import distributed, preemption
@@ -90,4 +90,4 @@ def _command() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_command())
+    sys.exit(run_command(_command))

@@ -408,6 +408,17 @@ def test_compare():
     assert list(report.name({"a": one, "b": build(name="other")})) == ["digits", "other"]
 
 
+def test_a_reader_that_left_costs_no_traceback(tmp_path):
+    """As in `| head`."""
+    (tmp_path / "summary.json").write_text(json.dumps(build()))
+    line = [sys.executable, "-m", "pwkd_jax.report", str(tmp_path)]
+    process = subprocess.Popen(line, cwd=Path(report.__file__).parents[1], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process.stdout.close()
+    assert process.wait(120) == 141 and process.stderr.read() == ""
+    process.stderr.close()
+
+
 def test_command(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

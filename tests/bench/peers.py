@@ -5,10 +5,11 @@
     autocast   that in bfloat16 (ours: --config.dtype=bfloat16), as the best user of a GPU has it
     slimmable  a step of the slimmable teacher: resnet32x4 at four widths, switchable batch norm, eager, float32
 
-Also --steps (of a round, 2), --batch (64), --threads (0: a core each). Images of 32x32, 100 classes; the networks' parameters
-and multiply-accumulates must agree. Ours is the step that training runs (configs/cifar100.py, arm kd_standard, images drawn at
-random) and crops, mirrors and normalises as well; PyTorch is given normalised float32 images, for its DataLoader does that
-elsewhere. On a GPU the time to send them is counted.
+Also --steps (of a round, 2; on a GPU 100 or a multiple, for training makes so many in a dispatch there), --batch (64),
+--threads (0: a core each). Images of 32x32, 100 classes; the networks' parameters and multiply-accumulates must agree. Ours is
+the step that training runs (configs/cifar100.py, arm kd_standard, images drawn at random) and crops, mirrors and normalises as
+well; PyTorch is given normalised float32 images, for its DataLoader does that elsewhere. On a GPU the time to send them is
+counted.
 
 Each side is a process of its own, and they take turns: while one runs, the other waits for a message and spins no threads, and
 each has the threads, flags and memory it has in real use, which in one process they would not. Both are held to the
@@ -78,9 +79,11 @@ class Ours:
         self.facts = {"parameters": trained, "macs": costs.macs(precision.plain(model), (32, 32, 3))}
 
     def run(self, steps: int) -> None:
-        for _ in range(steps):
-            self.state, metrics = self.step(self.state, self.batches(self.at), **self.frozen)
-            self.at += 1
+        most = getattr(self.batches, "most", 1)
+        for left in range(steps, 0, -most):
+            count = (min(left, most),) if most > 1 else ()
+            self.state, metrics = self.step(self.state, self.batches(self.at, *count), **self.frozen)
+            self.at += min(left, most)
         self.jax.block_until_ready((self.state, metrics))
 
 
