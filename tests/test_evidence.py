@@ -25,6 +25,7 @@ TEXT = " ".join(README.split())
 TABLES = {
     "evidence": lambda: page.table(page.summaries()), "first": lambda: page.table(page.other("first")),
     "again": page.again_table, "screening": page.screening_table, "confirmation": page.confirmation_table,
+    "options": page.options_table,
 }  # fmt: skip
 
 
@@ -38,13 +39,13 @@ def test_the_readme_has_the_tables_of_the_summaries(name):
 
 
 def test_every_summary_is_of_a_commit():
-    for path in [p for folder in ("", "kd", "first", "again", "screening", "confirmation") for p in
+    for path in [p for folder in ("", "kd", "first", "again", "screening", "confirmation", "options") for p in
                  (RESULTS / folder).glob("*.json")]:  # fmt: skip
         found = json.loads(path.read_text())
         assert found["environment"]["git_dirty"] is False and found["config"]["data"]["data_dir"] == "", path
 
 
-@pytest.mark.parametrize(("file", "held_out"), [("screening", True), ("confirmation", False)])
+@pytest.mark.parametrize(("file", "held_out"), [("screening", True), ("confirmation", False), ("options", True)])
 def test_points_of_a_sweep_are_what_its_file_says(file, held_out):
     """Nothing is chosen by test images, what is confirmed has seeds of its own, and every point has a result."""
     points = {p.name: p for p in sweep.load(ROOT / f"configs/evidence/{file}.toml", RESULTS) if p.group}

@@ -146,6 +146,12 @@ def check(config: ConfigDict) -> None:
          c.mesh.model == 1), "another where networks are split over devices")  # fmt: skip
     need("student.together", s.together in ("auto", "none") or c.non_finite == "stop",
          "auto or none where non_finite is 'skip', for what one student skips the others need not")  # fmt: skip
+    o = s.optimizer
+    need("student.optimizer.dot", o.dot >= 0 and o.momentum - o.dot >= 0 and o.momentum + o.dot < 1,
+         f"0 (off), or so little that momentum - dot and momentum + dot are in [0, 1); momentum is {o.momentum}")  # fmt: skip
+    need("student.optimizer.dot", not o.dot or (o.name == "sgd" and not o.nesterov and not o.clip_norm and o.layer_decay == 1),
+         "0 unless optimizer.name is sgd, without nesterov, clip_norm and layer_decay")  # fmt: skip
+    need("student.optimizer.dot", not o.dot or s.accumulate == 1, "0 where student.accumulate is above 1")
     need("student.mutual", s.mutual >= 0, "0 (off) or a weight")
     need("student.mutual", not s.mutual or c.seeds != 1, "0 with one seed: its student has nobody to learn from")
     need("student.mutual", not s.mutual or (s.batches == "shared" and s.together != "none"),
@@ -240,9 +246,11 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"{key}: {e}") from e
     options = {k: v for k, v in s.distiller.items() if k != "name"}
     try:
-        distillers.create(s.distiller.name, **options)
+        method = distillers.create(s.distiller.name, **options)
     except UserError as e:
         raise UserError(f"student.distiller: {e}") from e
+    need("student.optimizer.dot", not s.optimizer.dot or not getattr(method, "initial_epochs", 0),
+         f"0 with {s.distiller.name}, whose initial phase has neither a labels' nor a teacher's part")  # fmt: skip
 
 
 def _forms(who: str, schedule: ConfigDict) -> set[str]:

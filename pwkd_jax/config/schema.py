@@ -160,6 +160,7 @@ def default() -> ConfigDict:
     config.student.mix = _mixing()  # seen by student and teacher alike, unless same_crop is false
     config.student.distiller = ConfigDict({"name": "kd", **distillers.fields("kd")})
     config.student.optimizer = optimizer()
+    config.student.optimizer.dot = 0.0  # sgd: by so much more momentum for what the teacher says, less for labels (DOT); 0: off
     config.student.schedule = _schedule(0.05)
     config.student.schedule.cycles = "per_stage"  # of kd_whole_cyclic and the pwkd arms; or single
     config.student.schedule.peak_decay = 1.0  # each cycle's peak is the last one's times this

@@ -10,6 +10,7 @@ import optax
 
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import import_path, reason
+from pwkd_jax.training import dot as two_momenta
 
 NAMES = ("sgd", "adamw", "lamb", "lars", "lion")
 # What a function that makes an optimiser may call our options.
@@ -31,7 +32,7 @@ class Rule(NamedTuple):
 
 
 def optimizer(
-    name: str, *, momentum: float, nesterov: bool, weight_decay: float, decay: str, clip_norm: float
+    name: str, *, momentum: float, nesterov: bool, weight_decay: float, decay: str, clip_norm: float, dot: float = 0.0
 ) -> optax.GradientTransformation:
     """The update's direction, without the learning rate, which `state.apply_gradients` multiplies in.
 
@@ -43,11 +44,14 @@ def optimizer(
     optimiser, a `Whole`; it is given the learning rate of every step, and those of our options that it names.
 
     decay `all`: every parameter, as the CIFAR recipes do; `kernels`: only arrays of two or more axes, so no batch norm and no
-    bias (lars leaves those unscaled too). clip_norm: of the global gradient, 0 is off. Raises UserError for a function that
-    cannot be had, or has no place for an option that was set.
+    bias (lars leaves those unscaled too). clip_norm: of the global gradient, 0 is off. dot: of sgd, how far the momenta of
+    labels and teacher lie from `momentum`, see `dot`. Raises UserError for a function that cannot be had, or has no place for
+    an option that was set.
     """
     kernels = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)  # noqa: E731
     mask = None if decay == "all" else kernels
+    if dot:
+        return two_momenta.dot(momentum, dot, weight_decay, mask)
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     if ":" in name:
         given = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "decay": mask}

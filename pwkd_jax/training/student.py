@@ -14,7 +14,7 @@ from pwkd_jax import models, slimmable
 from pwkd_jax.data import Mixing
 from pwkd_jax.distillers import Distillation, Progress
 from pwkd_jax.stages import Stage, place
-from pwkd_jax.training import accumulation, averaging, freezing, metrics
+from pwkd_jax.training import accumulation, averaging, dot, freezing, metrics
 from pwkd_jax.training.mutual import Mutual
 from pwkd_jax.training.state import State, apply_gradients, create, rng
 from pwkd_jax.training.students_together import Several
@@ -130,7 +130,10 @@ def make_step(
                 )
                 return loss + more, (_collections(kept, known), {**seen, **values, **from_others})
 
-            gradient = accumulation.accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
+            apart = isinstance(tx, dot.Apart) and width is not None
+            weight = getattr(distillation.distiller, "ce_weight", 1.0) if apart else 0.0
+            by_part = dot.gradient(loss_fn, lambda aux: weight * aux[1]["cross_entropy"]) if apart else None
+            gradient = by_part or accumulation.accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
 
             def learn(state: State):
                 keys = rng(state, 3), rng(state, 4)
@@ -138,6 +141,7 @@ def make_step(
                 before = state.params
                 state, used = apply_gradients(state, grads, collections, tx, schedule)
                 if distillation is not None:
+                    grads = jax.tree.map(jnp.add, *grads) if apart else grads
                     state = state.replace(params=_hold(before, state.params, grads))
                 if fixed:
                     student = freezing.kept(before["student"], state.params["student"], fixed)
