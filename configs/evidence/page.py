@@ -6,6 +6,7 @@ for data.data_dir, emptied), and explained/kd.json of explain.py.
     python configs/evidence/page.py --again          again/kd.json, cells of kd that ran a second time, on another machine
     python configs/evidence/page.py --screening      screening/VARIANT.json
     python configs/evidence/page.py --confirmation   confirmation/VARIANT.json
+    python configs/evidence/page.py --options        options/NAME.json, those of a recipe one by one
     python configs/evidence/page.py --picture FILE   draw them too
 
 A gain is pwkd minus a control, seed by seed; its interval is the 95 % one of Student's t over the seeds.
@@ -14,6 +15,7 @@ A gain is pwkd minus a control, seed by seed; its interval is the 95 % one of St
 import argparse
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,23 @@ def confirmation_table() -> str:
     return "\n".join([head, "|---|---|---|---|---|---|", *(_row(name, summary) for name, summary in confirmed().items())])
 
 
+def options_table() -> str:
+    """Every option of options.toml that was tried by itself, in its order, against the same without it, seed by seed."""
+    found = {path.stem: json.loads(path.read_text()) for path in (HERE / "results" / "options").glob("*.json")}
+    variants = tomllib.loads((HERE / "options.toml").read_text())["grid"]["variant"]
+    head = "| option | `alone` or `kd_whole` | over `plain` or `kd`, points | `pwkd` | over that of `kd` |"
+    rows = [head, "|---|---|---|---|---|"]
+    for name in (v["name"] for v in variants if v["name"] in found):
+        base, cells = "kd" if name.startswith("kd") else "plain", []
+        for arm in (arm for arm in ("alone", "kd_whole", "pwkd") if arm in found[name]["arms"]):
+            scores, without = last(found[name], arm), last(found[base], arm)
+            mean, half = interval(scores - without)
+            between = f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})" if name != base else ""
+            cells += [f"{scores.mean():.1f} ± {scores.std(ddof=1):.1f}", between]
+        rows.append(f"| `{name}` | {' | '.join([*cells, '', ''][:4])} |")
+    return "\n".join(rows)
+
+
 def _row(name: str, summary: dict) -> str:
     """Both controls and pwkd, with the gain of the latter."""
     _, mean, half = gain(summary)
@@ -192,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--picture", type=Path)
     tables = {"first": lambda: table(other("first")), "again": again_table, "screening": screening_table,
-              "confirmation": confirmation_table}  # fmt: skip
+              "confirmation": confirmation_table, "options": options_table}  # fmt: skip
     which = parser.add_mutually_exclusive_group()
     for name in tables:
         which.add_argument(f"--{name}", dest="which", action="store_const", const=name)

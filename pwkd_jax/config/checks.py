@@ -147,7 +147,7 @@ def check(config: ConfigDict) -> None:
     need("student.together", s.together in ("auto", "none") or c.non_finite == "stop",
          "auto or none where non_finite is 'skip', for what one student skips the others need not")  # fmt: skip
     o = s.optimizer
-    need("student.optimizer.dot", o.dot >= 0 and o.momentum - o.dot >= 0 and o.momentum + o.dot < 1,
+    need("student.optimizer.dot", o.dot == 0 or (o.dot > 0 and o.momentum - o.dot >= 0 and o.momentum + o.dot < 1),
          f"0 (off), or so little that momentum - dot and momentum + dot are in [0, 1); momentum is {o.momentum}")  # fmt: skip
     need("student.optimizer.dot", not o.dot or (o.name == "sgd" and not o.nesterov and not o.clip_norm and o.layer_decay == 1),
          "0 unless optimizer.name is sgd, without nesterov, clip_norm and layer_decay")  # fmt: skip
