@@ -1,0 +1,341 @@
+"""Distillers with official code of 2023 and 2024, against that code and against what mathematics says of them."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from conftest import close, network_outputs
+from scipy.optimize import linprog
+from scipy.special import softmax
+from test_distillers import BATCH
+
+from pwkd_jax import distillers
+from pwkd_jax.distillers import dkd, norm, sdd, vkd, wkd
+from pwkd_jax.distillers.kd import kd_loss
+from pwkd_jax.errors import UserError
+from pwkd_jax.models import Outputs
+
+DATA = Path(__file__).parent / "data"
+IMAGES = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float32)
+GOLDEN = json.loads((DATA / "golden_recent.json").read_text())
+LABELS = np.load(DATA / "golden_logits.npz")["labels"]
+FIVE = LABELS % 5
+PAST = distillers.Progress(np.int32(0), np.int32(1000), np.float32(100))
+
+
+def of_kd(s, t, labels):
+    """KD of every row alone, through the mean that another test holds to the authors'."""
+    return jax.vmap(lambda a, b: kd_loss(a[None], b[None], 4.0))(s, t)
+
+
+def of_dkd(s, t, labels):
+    return sum(w * x for w, x in zip((1.0, 8.0), dkd.each_dkd(s, t, labels, 4.0), strict=True))
+
+
+def regions(each, scales):
+    def loss(fmap_s, head_s, bias_s, fmap_t, head_t, bias_t):
+        own, taught = (sdd.region_logits(f, h, scales) for f, h in ((fmap_s, (head_s, bias_s)), (fmap_t, (head_t, bias_t))))
+        return sdd.sdd_loss(each, own, taught, FIVE, 2.0)
+
+    return loss, ("fmap_s", "head_s", "bias_s"), ("fmap_t", "head_t", "bias_t")
+
+
+def transport(temperature, weight, *sinkhorn):
+    def loss(s, t, prototypes):
+        costs = wkd.category_costs(prototypes, 1.0)
+        target, moved = wkd.wkd_logit_losses(s, t, LABELS, costs, temperature, *sinkhorn)
+        return target + weight * moved
+
+    return loss, ("logits_s",), ("logits_t", "prototypes")
+
+
+def gaussians(grid, mean_weight):
+    def loss(s, kernel, t):
+        ones = jnp.ones(t.shape[-1], s.dtype)
+        params = {"regressor": {"conv": {"kernel": kernel}, "norm": {"scale": ones, "bias": 0 * ones}}}
+        module = distillers.create("wkd_f", grid=grid, mean_weight=mean_weight)
+        inputs = (Outputs(t[:, 0, 0], stages=(s,)), Outputs(t[:, 0, 0], stages=(t,)), {}, PAST)
+        return module.apply({"params": params}, *inputs, mutable=["batch_stats"])[0][0]
+
+    return loss, ("fmap_s", "wkd_conv"), ("fmap_t",)
+
+
+def matching(label_weight, kd_weight):
+    def loss(s, head_s, bias_s, expand, contract, t, head_t, bias_t):
+        whole = {"scale": jnp.ones(16, s.dtype), "bias": jnp.zeros(16, s.dtype)}
+        split = {k: jnp.broadcast_to(v[0], (4, 32)) for k, v in whole.items()}
+        kernels = {"expand": expand.reshape(16, 4, 32), "contract": contract.reshape(4, 32, 16)}
+        params = {k: {"kernel": v} for k, v in kernels.items()} | {"expand_norm": split, "contract_norm": whole}
+        module = distillers.create("norm", parts=4, label_weight=label_weight, kd_weight=kd_weight)
+        teacher = Outputs(jnp.mean(t, axis=(1, 2)) @ head_t + bias_t, final=t, head=(head_t, bias_t))
+        student = Outputs(jnp.zeros((32, 5), s.dtype), final=s, head=(head_s, bias_s))
+        variables = {"params": {"transform": params}}
+        return module.apply(variables, student, teacher, {"label": FIVE}, PAST, mutable=["batch_stats"])[0][0]
+
+    return loss, ("fmap_s", "head_s", "bias_s", "norm_expand", "norm_contract"), ("fmap_t", "head_t", "bias_t")
+
+
+def projected(own, free, taught):
+    def loss(s, free, t):
+        return vkd.smooth_l1(s @ vkd.orthogonal(free), vkd.standardised(t))
+
+    return loss, (own, free), (taught,)
+
+
+LOSSES = {
+    "SDD_KD_12": regions(of_kd, (2,)), "SDD_KD_124": regions(of_kd, (2, 4)),
+    "SDD_DKD_12": regions(of_dkd, (2,)), "SDD_DKD_124": regions(of_dkd, (2, 4)),
+    "WKD_L_T8": transport(8.0, 600.0, 0.05, 10), "WKD_L_T4": transport(4.0, 60.0, 0.05, 10),
+    "WKD_L_T2_reg0.5": transport(2.0, 1.0, 0.5, 3),
+    "WKD_F_grid1": gaussians(1, 4.0), "WKD_F_grid4": gaussians(4, 3.0), "WKD_F_grid3": gaussians(3, 2.0),
+    "NORM": matching(0.125, 0.0), "NORM_KD": matching(0.25, 1.0),
+    "VkD_up": projected("pooled_s", "vkd_up", "pooled_t"),
+    "VkD_square": projected("pooled_s", "vkd_square", "pooled_t_same"),
+    "VkD_down": projected("pooled_t", "vkd_down", "pooled_s"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def arrays(golden_logits):
+    """By name, in this library's layout: maps NHWC, kernels with the outputs last."""
+    made = {key: golden_logits[key] for key in ("logits_s", "logits_t")}
+    stream = np.random.RandomState(0).randn(450_000)
+    for name, a in json.loads((DATA / "golden_features.json").read_text())["arrays"].items():
+        if name.startswith(("fmap", "pooled")):
+            x = stream[a["offset"] : a["offset"] + np.prod(a["shape"])].reshape(a["shape"]).astype(np.float32)
+            made[name] = (x * np.float32(a["scale"])).transpose((0, 2, 3, 1) if x.ndim == 4 else (0, 1))
+    rng = np.random.RandomState(1)
+    for name, (shape, scale) in GOLDEN["arrays"].items():
+        x = rng.randn(*shape).astype(np.float32) * np.float32(scale)
+        made[name] = x.transpose((2, 3, 1, 0) if x.ndim == 4 else range(x.ndim)[::-1])
+    return made
+
+
+def test_every_number_of_the_authors_is_compared():
+    assert LOSSES.keys() == GOLDEN.keys() - {"about", "arrays"}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_equal_the_authors(name, arrays):
+    (loss, own, taught), expected = LOSSES[name], GOLDEN[name]
+    assert expected["grad_l2"].keys() == set(own)
+    for dtype, value_at, rtol, grad_rtol in ((np.float32, "value", 2e-5, 1e-3), (np.float64, "value_float64", 1e-7, 1e-6)):
+        with jax.enable_x64(dtype == np.float64):
+            inputs = [arrays[k].astype(dtype) for k in (*own, *taught)]
+            value, grads = jax.jit(jax.value_and_grad(loss, tuple(range(len(own)))))(*inputs)
+            assert value.dtype == dtype
+            np.testing.assert_allclose(value, expected[value_at], rtol=rtol)
+            for key, grad in zip(own, grads, strict=True):
+                np.testing.assert_allclose(np.linalg.norm(grad), expected["grad_l2"][key], rtol=grad_rtol, err_msg=key)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_in_bfloat16(name, arrays):
+    loss, own, taught = LOSSES[name]
+    rounded = [jnp.asarray(arrays[k], jnp.bfloat16) for k in (*own, *taught)]
+    value, grads = jax.jit(jax.value_and_grad(loss))(*rounded)
+    assert value.dtype == jnp.float32 and np.all(np.isfinite(grads.astype(jnp.float32)))
+    np.testing.assert_allclose(value, loss(*(x.astype(jnp.float32) for x in rounded)), rtol=2e-2)
+
+
+def test_transport_is_about_the_cheapest():
+    """Long enough at the authors' regularisation: a little above the cost of linear programming's best plan."""
+    rng = np.random.default_rng(0)
+    s, t = softmax(rng.standard_normal((2, 3, 8)), axis=-1)
+    kernel = rng.standard_normal((5, 8))
+    sums = np.concatenate([np.kron(np.eye(8), np.ones(8)), np.kron(np.ones(8), np.eye(8))])
+    with jax.enable_x64(True):
+        costs = np.asarray(wkd.category_costs(kernel, 1.0))
+        best = [linprog(costs.ravel(), A_eq=sums, b_eq=np.concatenate([a, b])).fun for a, b in zip(s, t, strict=True)]
+        every = np.ones_like(s, bool)
+        found = np.asarray(wkd.transport_cost(s, t, every, costs, 0.05, 1000))
+        assert np.all((found > best) & (found < 1.03 * np.asarray(best))), (found, best)
+        assert np.all(wkd.transport_cost(t, t, every, costs, 0.05, 1000) < 0.02 * min(best))
+
+
+def test_classes_of_the_label_do_not_move(arrays):
+    """Sinkhorn over the other classes alone, row by row in NumPy, with the label's row and column cut out."""
+    s, t = (arrays[k].astype(np.float64)[:, :12] * 2 for k in ("logits_s", "logits_t"))
+    labels, kernel = LABELS % 12, np.random.default_rng(0).standard_normal((5, 12))
+    u = kernel / np.linalg.norm(kernel, axis=0)
+    costs = 1 - np.exp(-0.7 * (1 - u.T @ u)) + 1e-8
+    total = 0.0
+    for a, b, y in zip(s, t, labels, strict=True):
+        a, b = (softmax(np.delete(x, y) / 3) for x in (a, b))
+        c = np.delete(np.delete(costs, y, 0), y, 1)
+        k, row = np.exp(-c / 0.1), np.full(11, 1 / 11)
+        for _ in range(4):
+            column = b / (k.T @ row + 1e-8)
+            row = a / (k @ column + 1e-8)
+        total += np.sum(row[:, None] * k * column * c) / len(s)
+    with jax.enable_x64(True):
+        made = wkd.category_costs(jnp.asarray(kernel), 0.7)
+        np.testing.assert_allclose(made, costs, atol=1e-12)
+        found = wkd.wkd_logit_losses(s, t, labels, made, 3.0, 0.1, 4)[1]
+    np.testing.assert_allclose(found, total, rtol=1e-9)
+
+
+def test_gaussian_distance_is_that_of_diagonal_covariances():
+    """|m - n|^2 + trace(S + T - 2 (S^1/2 T S^1/2)^1/2) of the pixels' diagonal covariances; one map, one cell."""
+    s, t = np.random.default_rng(0).standard_normal((2, 1, 3, 5, 4)) * [1, 2, 0.5, 3]
+    flat = [x.reshape(-1, 4) for x in (s, t)]
+    means, (a, b) = [x.mean(0) for x in flat], [np.diag(np.diag(np.cov(x.T))) for x in flat]
+    root = scipy.linalg.sqrtm(a)
+    expected = np.sum((means[0] - means[1]) ** 2) + np.trace(a + b - 2 * scipy.linalg.sqrtm(root @ b @ root))
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(sum(wkd.gaussian_losses(s, t, 1, eps=0.0)), expected, rtol=1e-12)
+
+
+def test_the_fade_is_half_a_cosine():
+    epochs = jnp.array([0.0, 150.0, 172.5, 195.0, 240.0, 500.0])
+    expected = [1, 1, 0.5 + 0.25 * 2**0.5, 0.5, 0, 0]
+    np.testing.assert_allclose(wkd.fade(epochs, 150.0, 240.0), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("students", [8, 24])
+def test_the_projection_is_orthogonal_at_every_width(students):
+    free = np.random.default_rng(0).standard_normal((students, 32)).astype(np.float32) * students**-0.5
+    for width in (4, 8, 16, 24, 32):
+        p = np.asarray(vkd.orthogonal(free[:, :width]), np.float64)
+        product = p @ p.T if students <= width else p.T @ p
+        np.testing.assert_allclose(product, np.eye(min(students, width)), atol=2e-6)
+        # Far from the identity, where it would copy the student's channels to the teacher's first ones.
+        assert np.abs(np.diagonal(p)).mean() < 0.9
+    with jax.enable_x64(True):
+        tall = np.tril(free.T.astype(np.float64)) if students <= 32 else None
+        skew = np.zeros((32, 32))
+        skew[:, :students] = tall
+        np.testing.assert_allclose(vkd.orthogonal(free.astype(np.float64)).T, scipy.linalg.expm(skew - skew.T)[:, :students])
+
+
+def test_regions_weigh_where_the_teacher_is_of_two_minds():
+    logits = np.zeros((3, 4, 2), np.float32)
+    # Region by region, which of 4 images the teacher gets right; all labels are 1.
+    logits[:, :, 1] = [[1, 1, -1, -1], [1, -1, 1, -1], [-1, -1, -1, -1]]
+    expected = [[1, 1, 1, 1], [1, 3, 3, 1], [3, 3, 1, 1]]
+    np.testing.assert_array_equal(sdd.region_weights(logits, np.ones(4, int), 3.0), expected)
+    maps = np.random.default_rng(0).standard_normal((2, 6, 6, 3))
+    head = (np.random.default_rng(1).standard_normal((3, 2)), np.array([1.0, -1.0]))
+    cells = [maps, *(maps[:, 3 * i : 3 * i + 3, 3 * j : 3 * j + 3] for i in (0, 1) for j in (0, 1))]
+    with jax.enable_x64(True):
+        found = sdd.region_logits(maps, head, (2,))
+    np.testing.assert_allclose(found, np.stack([c.mean((1, 2)) @ head[0] + head[1] for c in cells]), rtol=1e-12)
+
+
+def test_norm_predicts_what_a_merged_classifier_would():
+    """By running statistics the transform is linear: one kernel and one bias do what it and the classifier do."""
+    student, teacher = (network_outputs(model, 1.0, IMAGES) for model in ("resnet8", "resnet14"))
+    module = distillers.create("norm", parts=3)
+    batch = BATCH | {"label": FIVE[:4]}
+    variables = module.init({"params": jax.random.key(0)}, student, teacher, batch, PAST)
+    _, new = module.apply(variables, student, teacher, batch, PAST, mutable=["batch_stats"])
+    variables = jax.tree.map(np.float64, {**variables, **new})
+    p, stats = (variables[k]["transform"] for k in ("params", "batch_stats"))
+    assert np.any(stats["expand_norm"]["mean"])
+
+    def affine(name, kernel):
+        factor = p[name]["scale"] / np.sqrt(stats[name]["var"] + 1e-5)
+        return kernel * factor.ravel(), (p[name]["bias"] - stats[name]["mean"] * factor).ravel()
+
+    width = student.final.shape[-1]
+    (up, rise), (down, fall) = (
+        affine(f"{k}_norm", p[k]["kernel"].reshape(shape))
+        for k, shape in (("expand", (width, -1)), ("contract", (-1, width)))
+    )
+    kernel, bias = np.float64(student.head[0]), np.float64(student.head[1])
+    merged = (np.eye(width) + up @ down) @ kernel
+    logits = np.float64(student.final).mean((1, 2)) @ merged + (rise @ down + fall) @ kernel + bias
+    expected = 2.5 * (logits - logits.mean(1, keepdims=True)) / logits.std(1, keepdims=True)
+    np.testing.assert_allclose(module.apply(variables, student, teacher, method="predict"), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_norm_takes_the_larger_map_at_its_largest():
+    x = np.random.default_rng(0).standard_normal((2, 4, 6, 5, 3))
+    expected = [[x[:, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3].max((1, 2)) for j in (0, 1)] for i in (0, 1)]
+    with jax.enable_x64(True):
+        found = norm.max_pool(x, (2, 2))
+    np.testing.assert_array_equal(found, np.array(expected).transpose(2, 0, 1, 3, 4))
+    assert norm.norm_loss(np.ones((2, 2, 2, 5, 3)), np.full((2, 2, 2, 3), 3.0)) == 5 * 4
+
+
+NAMES = ("sdd", "sdd_dkd", "wkd_l", "wkd_f", "norm", "vkd")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_extremes_are_finite(name):
+    """Dead features, equal images, logits far apart, a batch of two: where a root or a quotient has no slope."""
+    rng = np.random.default_rng(0)
+    module = distillers.create(name)
+    head = tuple(jnp.asarray(x, jnp.float32) for x in (rng.standard_normal((8, 5)), np.zeros(5)))
+
+    def outputs(x, logits):
+        return Outputs(logits, stages=(x,), final=x, pooled=jnp.mean(x, axis=(1, 2)), head=head)
+
+    far = jnp.array([[1e4, 0, -1e4, 5, 0], [-300.0, 300, 0, 0, 1]])
+    random = jnp.asarray(rng.standard_normal((2, 4, 4, 8)), jnp.float32)
+    same = jnp.broadcast_to(random[:1], random.shape)
+    cases = {"zero": 0 * random, "equal": same, "large": 1e4 * random, "flat": 0 * random + 1}
+    batch = {"label": jnp.array([0, 3])}
+    variables = module.init({"params": jax.random.key(0)}, outputs(random, far), outputs(random, far), batch, PAST)
+
+    def loss(x, logits, teacher):
+        return module.apply(variables, outputs(x, logits), teacher, batch, PAST, mutable=["batch_stats"])[0][0]
+
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    for case, x in cases.items():
+        for logits in (far, -far, 0 * far):
+            for taught in (random, x):
+                value, grads = both(x, logits, outputs(taught, far))
+                assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in grads), (case, value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modules_are_their_formulas(name):
+    student, teacher = (network_outputs(model, 1.0, np.tile(IMAGES, (1, 2, 2, 1))) for model in ("resnet8", "resnet14"))
+    batch = BATCH | {"label": FIVE[:4]}
+    options = {"grid": 2} if name == "wkd_f" else {}
+    module = distillers.create(name, **options)
+    half = PAST._replace(epoch=np.float32(5 if name in ("sdd_dkd", "norm") else 195))
+    variables = module.init({"params": jax.random.key(0)}, student, teacher, batch, half)
+    (loss, metrics), _ = module.apply(variables, student, teacher, batch, half, mutable=["batch_stats"])
+    own, taught = (sdd.region_logits(x.final, x.head, (2,)) for x in (student, teacher))
+    close(own[0], student.logits, 1e-4)  # the whole's are the network's own
+    expected = {
+        "sdd": lambda: sdd.sdd_loss(of_kd, own, taught, FIVE[:4], 2.0),
+        "sdd_dkd": lambda: 0.25 * sdd.sdd_loss(of_dkd, own, taught, FIVE[:4], 2.0),
+        "wkd_l": lambda: metrics["target"] + 300 * metrics["transport"],
+        "wkd_f": lambda: 0.5 * (4 * metrics["means"] + metrics["spreads"]),
+        "norm": lambda: 0.1 * metrics["feature"] + 0.1 * metrics["predicted_cross_entropy"],
+        "vkd": lambda: vkd.smooth_l1(
+            student.pooled @ vkd.orthogonal(variables["params"]["projection"]), vkd.standardised(teacher.pooled)
+        ),
+    }
+    close(loss, expected[name](), 1e-5)
+
+
+def test_what_they_cannot_do_is_refused():
+    for name, options, said in (
+        ("sdd", {"scales": ()}, "scales: .* sides of grids"),
+        ("sdd_dkd", {"scales": (1, 2)}, "scales: .* sides of grids"),
+        ("sdd", {"temperature": 0.0}, "temperature: 0 is not possible"),
+        ("wkd_l", {"iterations": 0}, "iterations: 0 is not possible"),
+        ("wkd_l", {"fade_end": 100.0}, "fade_end: 100 is not possible; it should be above fade_start, which is 150"),
+        ("wkd_f", {"grid": 0}, "grid: 0 is not possible"),
+        ("norm", {"parts": 0}, "parts: 0 is not possible"),
+    ):
+        with pytest.raises(UserError, match=said):
+            distillers.create(name, **options)
+    small = network_outputs("resnet8", 1.0, IMAGES)  # last maps of 2x2
+    odd = small._replace(final=jnp.zeros((4, 3, 3, small.final.shape[-1])))
+    for name, options, teacher, said in (
+        ("sdd", {"scales": (2, 4)}, small, "grids of 4 cells a side, and the student's last map is 2x2"),
+        ("wkd_f", {"grid": 2}, small, "a grid of 2 leaves cells of one in the teacher's last map of 2x2"),
+        ("norm", {}, odd, "are no multiples"),
+        ("wkd_l", {}, small._replace(head=None), "needs 'head', which the teacher's model does not return"),
+    ):
+        with pytest.raises(UserError, match=said):
+            distillers.create(name, **options).init({"params": jax.random.key(0)}, small, teacher, BATCH, PAST)
