@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 from conftest import close, network_outputs
+from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy.optimize import linprog
 from scipy.special import softmax
 from test_distillers import BATCH
 
 from pwkd_jax import distillers
-from pwkd_jax.distillers import dkd, norm, sdd, vkd, wkd
+from pwkd_jax.distillers import diffkd, dkd, norm, sdd, vkd, wkd
 from pwkd_jax.distillers.kd import kd_loss
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import Outputs
@@ -86,6 +87,49 @@ def projected(own, free, taught):
     return loss, (own, free), (taught,)
 
 
+# Of both of DiffKD's modules: {the authors' layer: ours}. The first of either kind also stands for its bias.
+BOTH = {"trans": "align", "noise_adapter.pred": "share/pick", "proj.0": "project"}
+MAP = BOTH | {
+    "ae.encoder.0": "encoder", "ae.decoder.0": "decoder", "model.pred.2": "noise/out/conv1",
+    **{f"model.pred.{i}.block.{3 * j}": f"noise/block{i + 1}/conv{j + 1}" for i in (0, 1) for j in (0, 1, 2)},
+    **{f"noise_adapter.feat.0.block.{3 * j}": f"share/block/conv{j + 1}" for j in (0, 1, 2)},
+}  # fmt: skip
+PIXEL = BOTH | {
+    "model.pred.0": "noise/block1/conv1", "model.pred.3": "noise/block1/conv2", "model.pred.5": "noise/block2/conv1",
+    "model.pred.8": "noise/block2/conv2",
+    "noise_adapter.feat.0": "share/block/conv1", "noise_adapter.feat.3": "share/block/conv2",
+}  # fmt: skip
+TIMES = jnp.asarray(np.arange(32) * 31 % 1000)
+
+
+def denoised(name, layers, module):
+    """Noise and times given, so that nothing is drawn; every array that trains is compared."""
+    student, teacher = ("fmap_s", "fmap_t") if name == "diff_map" else ("logits_s", "logits_t")
+    own = [k for k in GOLDEN["arrays"] if k.startswith(f"{name}.")]
+
+    def ours(key):
+        layer, kind = key.removeprefix(f"{name}.").rsplit(".", 1)
+        time = layer == "model.time_embedding"
+        return tuple(("noise/time" if time else f"{layers[layer]}/{'kernel' if kind == 'weight' else 'bias'}").split("/"))
+
+    def loss(s, *rest):
+        weights, (t, noise, target_noise) = rest[: len(own)], rest[len(own) :]
+        if name == "diff_logits":
+            s, t = s[:, None, None, :10], t[:, None, None, :12]
+        inputs = (s, t, noise, target_noise, TIMES)
+        flat = flatten_dict(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
+        given = {ours(key): w.T if ours(key)[-1] == "time" else w for key, w in zip(own, weights, strict=True)}
+        assert {k for k in flat if k[-1] != "scale" and "norm" not in k[-2]} == given.keys()
+        params = {k: given.get(k, (jnp.ones if k[-1] == "scale" else jnp.zeros)(x.shape, s.dtype)) for k, x in flat.items()}
+        found, _ = module.apply({"params": unflatten_dict(params)}, *inputs, mutable=["batch_stats"])
+        guess, target, noises, decoded = found
+        if name == "diff_map":
+            return jnp.mean((guess - target) ** 2) + noises + decoded
+        return kd_loss(guess[:, 0, 0], target[:, 0, 0], 1.0) + noises
+
+    return loss, (student, *own), (teacher, f"{name}_noise", f"{name}_target_noise")
+
+
 LOSSES = {
     "SDD_KD_12": regions(of_kd, (2,)), "SDD_KD_124": regions(of_kd, (2, 4)),
     "SDD_DKD_12": regions(of_dkd, (2,)), "SDD_DKD_124": regions(of_dkd, (2, 4)),
@@ -93,6 +137,8 @@ LOSSES = {
     "WKD_L_T2_reg0.5": transport(2.0, 1.0, 0.5, 3),
     "WKD_F_grid1": gaussians(1, 4.0), "WKD_F_grid4": gaussians(4, 3.0), "WKD_F_grid3": gaussians(3, 2.0),
     "NORM": matching(0.125, 0.0), "NORM_KD": matching(0.25, 1.0),
+    "DiffKD_map": denoised("diff_map", MAP, diffkd.Denoise(True, 24, 5)),
+    "DiffKD_logits": denoised("diff_logits", PIXEL, diffkd.Denoise(False, 0, 5)),
     "VkD_up": projected("pooled_s", "vkd_up", "pooled_t"),
     "VkD_square": projected("pooled_s", "vkd_square", "pooled_t_same"),
     "VkD_down": projected("pooled_t", "vkd_down", "pooled_s"),
@@ -111,7 +157,8 @@ def arrays(golden_logits):
     rng = np.random.RandomState(1)
     for name, (shape, scale) in GOLDEN["arrays"].items():
         x = rng.randn(*shape).astype(np.float32) * np.float32(scale)
-        made[name] = x.transpose((2, 3, 1, 0) if x.ndim == 4 else range(x.ndim)[::-1])
+        kernel = (2, 3, 1, 0) if x.ndim == 4 else range(x.ndim)[::-1]
+        made[name] = x.transpose((0, 2, 3, 1) if name.endswith("_noise") else kernel)
     return made
 
 
@@ -123,7 +170,7 @@ def test_every_number_of_the_authors_is_compared():
 def test_losses_equal_the_authors(name, arrays):
     (loss, own, taught), expected = LOSSES[name], GOLDEN[name]
     assert expected["grad_l2"].keys() == set(own)
-    for dtype, value_at, rtol, grad_rtol in ((np.float32, "value", 2e-5, 1e-3), (np.float64, "value_float64", 1e-7, 1e-6)):
+    for dtype, value_at, rtol, grad_rtol in ((np.float32, "value", 2e-5, 1e-3), (np.float64, "value_float64", 1e-7, 1e-5)):
         with jax.enable_x64(dtype == np.float64):
             inputs = [arrays[k].astype(dtype) for k in (*own, *taught)]
             value, grads = jax.jit(jax.value_and_grad(loss, tuple(range(len(own)))))(*inputs)
@@ -262,10 +309,46 @@ def test_norm_takes_the_larger_map_at_its_largest():
     assert norm.norm_loss(np.ones((2, 2, 2, 5, 3)), np.full((2, 2, 2, 3), 3.0)) == 5 * 4
 
 
+@pytest.mark.parametrize("steps", [1, 3, 5, 500])
+def test_known_noise_is_taken_out_whole(steps):
+    """Of a map with noise of the first step, whose every later guess is that noise, the map is left."""
+    signal = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    np.testing.assert_allclose(diffkd.SIGNAL, signal, rtol=1e-5)
+    clean, noise = np.random.default_rng(0).standard_normal((2, 3, 2, 2, 4))
+    asked = []
+
+    def find(x, times):
+        asked.append(int(times[0]))
+        return noise
+
+    with jax.enable_x64(True):
+        first = diffkd.descent(steps)[0][0]
+        x = diffkd.noisy(clean, noise, np.full(3, first))
+        np.testing.assert_allclose(x, signal[first] ** 0.5 * clean + (1 - signal[first]) ** 0.5 * noise, atol=1e-5)
+        np.testing.assert_allclose(diffkd.cleaned(x, find, steps), clean, atol=1e-5)
+    assert asked == [i * (500 // steps) for i in range(steps)][::-1]
+
+
+def test_diffusion_draws_anew_and_encodes_the_teacher_by_half():
+    student, teacher = (network_outputs(model, 1.0, IMAGES) for model in ("resnet8", "resnet14"))
+    keys = jax.random.split(jax.random.key(0), 3)
+    module = distillers.create("diffkd")
+    variables = module.init({"params": keys[0], "distiller": keys[0]}, student, teacher, BATCH, PAST)
+    (a, metrics), (b, _), (again, _) = (
+        module.apply(variables, student, teacher, BATCH, PAST, rngs={"distiller": key}, mutable=["batch_stats"])[0]
+        for key in (keys[1], keys[2], keys[1])
+    )
+    assert a == again and a != b
+    close(a, sum(metrics.values()), 1e-6)
+    half = teacher.stages[-1].shape[-1] // 2
+    assert variables["params"]["map"]["encoder"]["kernel"].shape[-1] == half
+    assert variables["params"]["map"]["noise"]["time"].shape == (1280, half)
+
+
 NAMES = ("sdd", "sdd_dkd", "wkd_l", "wkd_f", "norm", "vkd")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "diffkd"])
 def test_extremes_are_finite(name):
     """Dead features, equal images, logits far apart, a batch of two: where a root or a quotient has no slope."""
     rng = np.random.default_rng(0)
@@ -280,10 +363,11 @@ def test_extremes_are_finite(name):
     same = jnp.broadcast_to(random[:1], random.shape)
     cases = {"zero": 0 * random, "equal": same, "large": 1e4 * random, "flat": 0 * random + 1}
     batch = {"label": jnp.array([0, 3])}
-    variables = module.init({"params": jax.random.key(0)}, outputs(random, far), outputs(random, far), batch, PAST)
+    key = {"distiller": jax.random.key(0)}
+    variables = module.init({"params": jax.random.key(0), **key}, outputs(random, far), outputs(random, far), batch, PAST)
 
     def loss(x, logits, teacher):
-        return module.apply(variables, outputs(x, logits), teacher, batch, PAST, mutable=["batch_stats"])[0][0]
+        return module.apply(variables, outputs(x, logits), teacher, batch, PAST, rngs=key, mutable=["batch_stats"])[0][0]
 
     both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     for case, x in cases.items():
@@ -326,6 +410,8 @@ def test_what_they_cannot_do_is_refused():
         ("wkd_l", {"fade_end": 100.0}, "fade_end: 100 is not possible; it should be above fade_start, which is 150"),
         ("wkd_f", {"grid": 0}, "grid: 0 is not possible"),
         ("norm", {"parts": 0}, "parts: 0 is not possible"),
+        ("diffkd", {"latent": -1}, "latent: -1 is not possible"),
+        ("diffkd", {"steps": 501}, "steps: 501 is not possible; it should be from 1 to 500"),
     ):
         with pytest.raises(UserError, match=said):
             distillers.create(name, **options)

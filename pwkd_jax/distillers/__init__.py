@@ -37,6 +37,7 @@ from pwkd_jax.distillers.cc import CC
 from pwkd_jax.distillers.connectors import START, Distillation, Progress, build, fit, starts
 from pwkd_jax.distillers.crd import CRD
 from pwkd_jax.distillers.ctkd import CTKD
+from pwkd_jax.distillers.diffkd import DiffKD
 from pwkd_jax.distillers.dist import DIST
 from pwkd_jax.distillers.dkd import DKD
 from pwkd_jax.distillers.fitnet import FitNet
@@ -74,9 +75,9 @@ from pwkd_jax.errors import UserError
 __all__ = ["BUILTIN", "START", "Distillation", "Progress", "Sum", "build", "create", "fields", "fit"]
 
 BUILTIN = {
-    "ab": AB, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "ctkd": CTKD, "dist": DIST, "dkd": DKD, "fitnet": FitNet,
-    "fsp": FSP, "ft": FT, "ickd": ICKD, "kd": KD, "kdsvd": KDSVD, "mgd": MGD, "mlkd": MLKD, "nkd": NKD, "norm": NORM,
-    "nst": NST, "ofa": OFA, "ofd": OFD, "pkt": PKT, "reviewkd": ReviewKD, "rkd": RKD, "rld": RLD, "sdd": SDD,
+    "ab": AB, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "ctkd": CTKD, "diffkd": DiffKD, "dist": DIST, "dkd": DKD,
+    "fitnet": FitNet, "fsp": FSP, "ft": FT, "ickd": ICKD, "kd": KD, "kdsvd": KDSVD, "mgd": MGD, "mlkd": MLKD, "nkd": NKD,
+    "norm": NORM, "nst": NST, "ofa": OFA, "ofd": OFD, "pkt": PKT, "reviewkd": ReviewKD, "rkd": RKD, "rld": RLD, "sdd": SDD,
     "sdd_dkd": SDDDKD, "semckd": SemCKD, "simkd": SimKD, "sokd": SoKD, "sp": SP, "srd": SRD, "srrl": SRRL,
     "streamlined": Streamlined, "student_friendly": StudentFriendly, "ttm": TTM, "vid": VID, "vkd": VkD, "wkd_f": WKDF,
     "wkd_l": WKDL, "wttm": WTTM,
