@@ -251,7 +251,7 @@ def test_runs_checkpoints_and_exports_of_them_score_alike(run, tmp_path, capsys)
     assert export.main([str(student), f"--out={tmp_path / 's'}", "--platforms=cpu"]) == 0
     program = evaluate.evaluate(str(tmp_path / "s/model.stablehlo"), split="test[:50]")
     assert program["top1"] == pytest.approx(summary["runs"][0]["top1_last"]) and program["data"] == "digits"
-    assert "predicts through its teacher's classifier (simkd)" in error(
+    assert "predicts through its distiller (simkd)" in error(
         evaluate.main, tmp_path / "s/model.safetensors", "--data=digits", capsys=capsys
     )
     # A file may not import a model of its own choosing, unless it is named.

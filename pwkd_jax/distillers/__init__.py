@@ -37,6 +37,7 @@ from pwkd_jax.distillers.cc import CC
 from pwkd_jax.distillers.connectors import START, Distillation, Progress, build, fit, starts
 from pwkd_jax.distillers.crd import CRD
 from pwkd_jax.distillers.ctkd import CTKD
+from pwkd_jax.distillers.diffkd import DiffKD
 from pwkd_jax.distillers.dist import DIST
 from pwkd_jax.distillers.dkd import DKD
 from pwkd_jax.distillers.fitnet import FitNet
@@ -48,6 +49,7 @@ from pwkd_jax.distillers.kdsvd import KDSVD
 from pwkd_jax.distillers.mgd import MGD
 from pwkd_jax.distillers.mlkd import MLKD
 from pwkd_jax.distillers.nkd import NKD
+from pwkd_jax.distillers.norm import NORM
 from pwkd_jax.distillers.nst import NST
 from pwkd_jax.distillers.ofa import OFA
 from pwkd_jax.distillers.ofd import OFD
@@ -55,6 +57,7 @@ from pwkd_jax.distillers.pkt import PKT
 from pwkd_jax.distillers.reviewkd import ReviewKD
 from pwkd_jax.distillers.rkd import RKD
 from pwkd_jax.distillers.rld import RLD
+from pwkd_jax.distillers.sdd import SDD, SDDDKD
 from pwkd_jax.distillers.semckd import SemCKD
 from pwkd_jax.distillers.simkd import SimKD
 from pwkd_jax.distillers.sokd import SoKD
@@ -65,16 +68,19 @@ from pwkd_jax.distillers.streamlined import Streamlined
 from pwkd_jax.distillers.student_friendly import StudentFriendly
 from pwkd_jax.distillers.ttm import TTM, WTTM
 from pwkd_jax.distillers.vid import VID
+from pwkd_jax.distillers.vkd import VkD
+from pwkd_jax.distillers.wkd import WKDF, WKDL
 from pwkd_jax.errors import UserError
 
 __all__ = ["BUILTIN", "START", "Distillation", "Progress", "Sum", "build", "create", "fields", "fit"]
 
 BUILTIN = {
-    "ab": AB, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "ctkd": CTKD, "dist": DIST, "dkd": DKD, "fitnet": FitNet,
-    "fsp": FSP, "ft": FT, "ickd": ICKD, "kd": KD, "kdsvd": KDSVD, "mgd": MGD, "mlkd": MLKD, "nkd": NKD, "nst": NST, "ofa": OFA,
-    "ofd": OFD, "pkt": PKT, "reviewkd": ReviewKD, "rkd": RKD, "rld": RLD, "semckd": SemCKD, "simkd": SimKD,
-    "sokd": SoKD, "sp": SP, "srd": SRD, "srrl": SRRL, "streamlined": Streamlined, "student_friendly": StudentFriendly,
-    "ttm": TTM, "vid": VID, "wttm": WTTM,
+    "ab": AB, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "ctkd": CTKD, "diffkd": DiffKD, "dist": DIST, "dkd": DKD,
+    "fitnet": FitNet, "fsp": FSP, "ft": FT, "ickd": ICKD, "kd": KD, "kdsvd": KDSVD, "mgd": MGD, "mlkd": MLKD, "nkd": NKD,
+    "norm": NORM, "nst": NST, "ofa": OFA, "ofd": OFD, "pkt": PKT, "reviewkd": ReviewKD, "rkd": RKD, "rld": RLD, "sdd": SDD,
+    "sdd_dkd": SDDDKD, "semckd": SemCKD, "simkd": SimKD, "sokd": SoKD, "sp": SP, "srd": SRD, "srrl": SRRL,
+    "streamlined": Streamlined, "student_friendly": StudentFriendly, "ttm": TTM, "vid": VID, "vkd": VkD, "wkd_f": WKDF,
+    "wkd_l": WKDL, "wttm": WTTM,
 }  # fmt: skip
 
 

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from pwkd_jax.distillers.feature_maps import adaptive_pool, normalise
+from pwkd_jax.distillers.heads import map_head
 from pwkd_jax.distillers.logits import above_zero, wide
 from pwkd_jax.distillers.taps import need
-from pwkd_jax.errors import UserError
 
 
 def activation_maps(features: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -50,14 +50,6 @@ class CATKD(nn.Module):
     @nn.compact
     def __call__(self, student, teacher, batch, progress):
         need("CAT-KD", student, teacher, "final", "head")
-        maps = []
-        for who, outputs in (("student", student), ("teacher", teacher)):
-            features, kernel = outputs.final, outputs.head[0]
-            if features.shape[-1] != kernel.shape[0]:
-                raise UserError(
-                    f"student.distiller: CAT-KD applies the classifier to each pixel of 'final', and the {who}'s reads "
-                    f"{kernel.shape[0]} features where that map has {features.shape[-1]}: 'final' should be the map whose "
-                    "mean over pixels is 'pooled'"
-                )
-            maps.append(activation_maps(features, kernel))
+        pairs = [map_head("CAT-KD", who, out) for who, out in (("student", student), ("teacher", teacher))]
+        maps = [activation_maps(features, kernel) for features, (kernel, _) in pairs]
         return cat_loss(*maps, self.resolution, self.normalised), {}

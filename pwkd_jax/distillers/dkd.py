@@ -16,10 +16,15 @@ def dkd_losses(
     q = softmax(z / T). TCKD = KL of teacher to student over the pair (q_y, 1 - q_y): how hard is the sample.
     NCKD = KL over the other classes alone, each side renormalised without y: how do the wrong classes rank.
     """
+    return tuple(jnp.mean(loss) for loss in each_dkd(student_logits, teacher_logits, labels, temperature))
+
+
+def each_dkd(student_logits, teacher_logits, labels, temperature: float) -> tuple[jax.Array, jax.Array]:
+    """`dkd_losses` of every image, [B] each, rather than their means."""
     label = chosen(labels, student_logits.shape[-1])
     pair = [log_binary(z, label, temperature) for z in (teacher_logits, student_logits)]
     rest = [log_softmax(z, temperature, ~label) for z in (teacher_logits, student_logits)]
-    return temperature**2 * jnp.mean(kl(*pair)), temperature**2 * jnp.mean(kl(*rest))
+    return temperature**2 * kl(*pair), temperature**2 * kl(*rest)
 
 
 class DKD(nn.Module):

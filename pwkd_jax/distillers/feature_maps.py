@@ -42,10 +42,16 @@ def same_channels(method: str, what: str, pairs: Pairs) -> None:
             )
 
 
+def spans(size: int, bins: int) -> list[slice]:
+    """Where the bins of `size` pixels lie: bin i covers floor(i * size / bins) up to ceil((i + 1) * size / bins)."""
+    return [slice(i * size // bins, -((i + 1) * -size // bins)) for i in range(bins)]
+
+
 def _bins(size: int, bins: int) -> np.ndarray:
-    """[bins, size] averaging matrix; bin i covers floor(i * size / bins) up to ceil((i + 1) * size / bins)."""
-    i, x = np.arange(bins)[:, None], np.arange(size)
-    inside = (x >= i * size // bins) & (x < -((i + 1) * -size // bins))
+    """[bins, size] averaging matrix of `spans`."""
+    inside = np.zeros((bins, size), bool)
+    for row, span in zip(inside, spans(size, bins), strict=True):
+        row[span] = True
     return inside / inside.sum(axis=1, keepdims=True)
 
 

@@ -13,7 +13,8 @@ def standardise(logits: jax.Array) -> jax.Array:
 
     The standard deviation is the unbiased one (ddof 1, two classes at least). The gradient passes through it and the
     mean, so that a student is told which classes lead, not how large its logits are. With `kd_loss` on the result of
-    both sides the paper's CIFAR setting is T = 2, weight 9 and 0.1 of cross entropy.
+    both sides the paper's CIFAR setting is T = 2, weight 9 and 0.1 of cross entropy; DKD has T = 2 and 9 times its alpha and
+    beta. The authors' multi-level distillation standardises in its level of single images alone.
     """
     z = wide(logits)
     centred = z - jnp.mean(z, axis=-1, keepdims=True)

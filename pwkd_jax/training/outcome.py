@@ -52,7 +52,7 @@ class Student:
         if Path(path).suffix != ".safetensors":
             raise UserError(f"{path}: should be a name ending in .safetensors")
         if isinstance(self.model, students.Assisted):
-            raise UserError(f"{path}: this student predicts through its teacher's classifier, which weights alone do not hold")
+            raise UserError(f"{path}: this student predicts through its distiller, which weights alone do not hold")
         variables = distributed.fetch(self.variables)
         if distributed.primary():
             weights.write(storage.path(path), variables, self.card)

@@ -107,7 +107,7 @@ def read(path: Path, model: str = "", network: nn.Module | None = None) -> tuple
         found = json.loads(metadata["card"])
         if "assisted" in found:
             raise UserError(
-                f"{path}: holds a student that predicts through its teacher's classifier ({found['assisted']['distiller']}); "
+                f"{path}: holds a student that predicts through its distiller ({found['assisted']['distiller']}); "
                 "use its program (.stablehlo), or the run that it came from"
             )
         if network is None and ":" in found["model"] and found["model"] != model:
