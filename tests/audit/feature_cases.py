@@ -1,0 +1,214 @@
+"""Methods that compare feature maps, through connectors."""
+
+import contextlib
+import types
+from unittest import mock
+
+import jax
+import numpy as np
+import torch
+from compare import Case, leaves, outputs
+from flax.traverse_util import unflatten_dict
+from logit_cases import whole
+from official import MD, RD, Fixed, Node, load, mdistiller
+from relation_cases import STAGES, listed
+from torch import nn
+
+from pwkd_jax import distillers
+from pwkd_jax.distillers import mgd
+
+PREACT = ("preact1", "preact2", "preact3")
+BOTH = (("scale", "weight", "same"), ("bias", "bias", "same"))
+
+
+def norm(ours: str, theirs: str) -> dict:
+    return {f"{ours}/{a}": (f"{theirs}.{b}", kind) for a, b, kind in BOTH}
+
+
+def conv(ours: str, theirs: str, kind="conv", bias=False) -> dict:
+    return {f"{ours}/kernel": (f"{theirs}.weight", kind)} | ({f"{ours}/bias": (f"{theirs}.bias", "same")} if bias else {})
+
+
+def shaped(student, teacher):
+    return lambda: leaves(3, {"student": student, "teacher": teacher})
+
+
+def distiller(method: str, group: str = "", **settings):
+    """build(...) of an mdistiller distiller."""
+
+    def build(s, t):
+        made, cfg = mdistiller(method)
+        if settings:
+            cfg[group].update(settings)
+        return made(Fixed(s), Fixed(t), cfg)
+
+    return build
+
+
+def fitnet(part: str, student: int, teacher: int, kind="conv") -> Case:
+    return Case(
+        "fitnet", (MD, "mdistiller/distillers/FitNet.py, _common.py"), whole("FitNet"), ("logits", "stage2"), f"total, {part}",
+        build=distiller("FitNet"), total=True, data=shaped(((6, 8), (10, student), (14, 4)), ((8, 8), (12, teacher), (20, 4))),
+        weights=conv("regressor/conv", "conv_reg.conv", kind) | norm("regressor/norm", "conv_reg.bn"),
+    )  # fmt: skip
+
+
+def vid_build(s, t):
+    made = load(RD, "distiller_zoo/VID.py").VIDLoss
+    made = nn.ModuleList([made(s[n].shape[1], t[n].shape[1], t[n].shape[1]) for n in STAGES])
+    for m in made:
+        m.log_scale.data += torch.linspace(-1, 1, len(m.log_scale))
+    return made
+
+
+def vid(module, s, t, batch):
+    return sum(m(s[n], t[n]) for m, n in zip(module, STAGES, strict=True))
+
+
+VID = {f"stage{i}/conv{j}/kernel": (f"{i - 1}.regressor.{2 * j - 2}.weight", "conv") for i in (1, 2, 3) for j in (1, 2, 3)}
+VID |= {f"stage{i}/scale": (f"{i - 1}.log_scale", "same") for i in (1, 2, 3)}
+OFD = {}
+for i in (1, 2, 3):
+    OFD |= conv(f"stage{i}_conv", f"connectors.connectors.{i - 1}.0") | norm(f"stage{i}_norm", f"connectors.connectors.{i - 1}.1")
+REVIEW = {}
+for i, name in enumerate(("pooled", "stage3", "stage2", "stage1")):
+    REVIEW |= conv(f"{name}/middle_conv", f"abfs.{i}.conv1.0") | norm(f"{name}/middle_norm", f"abfs.{i}.conv1.1")
+    REVIEW |= conv(f"{name}/conv", f"abfs.{i}.conv2.0") | norm(f"{name}/norm", f"abfs.{i}.conv2.1")
+    REVIEW |= conv(f"{name}/attention", f"abfs.{i}.att_conv.0", bias=True) if i else {}
+
+
+def review(part: str, student, teacher) -> Case:
+    channels = [[c for c, _ in x] + [x[-1][0]] for x in (student, teacher)]
+    sides = [[1, *(side for _, side in reversed(x))] for x in (student, teacher)]
+    settings = {"IN_CHANNELS": channels[0], "OUT_CHANNELS": channels[1], "SHAPES": sides[0], "OUT_SHAPES": sides[1]}
+    return Case(
+        "reviewkd", (MD, "mdistiller/distillers/ReviewKD.py"), whole("ReviewKD"), ("logits", *STAGES, "pooled"), f"total, {part}",
+        build=distiller("ReviewKD", "REVIEWKD", **settings), total=True, data=shaped(student, teacher), weights=REVIEW,
+    )  # fmt: skip
+
+
+def ab_build(s, t):
+    return load(RD, "models/util.py").Connector(*([x[n].shape for n in PREACT] for x in (s, t)))
+
+
+def ab(module, s, t, batch):
+    return sum(load(RD, "distiller_zoo/AB.py").ABLoss(3)(module(listed(s, PREACT)), listed(t, PREACT)))
+
+
+AB = {}
+for i in (1, 2, 3):
+    AB |= conv(f"stage{i}/conv", f"connectors.{i - 1}.conv") | norm(f"stage{i}/norm", f"connectors.{i - 1}.bn")
+
+
+def ft_build(s, t):
+    util = load(RD, "models/util.py")
+    shapes = s["stage3"].shape, t["stage3"].shape
+    return nn.ModuleDict({"paraphraser": util.Paraphraser(shapes[1]), "translator": util.Translator(*shapes)})
+
+
+def ft(module, s, t, batch):
+    """As train_distill has it, where the paraphraser is in no optimiser."""
+    factor = module["paraphraser"](t["stage3"], is_factor=True).detach()
+    return load(RD, "distiller_zoo/FT.py").FactorTransfer()(module["translator"](s["stage3"]), factor)
+
+
+def ft_initial(module, s, t, batch):
+    return nn.functional.mse_loss(module["paraphraser"](t["stage3"])[1], t["stage3"]) + 0 * s["stage3"].sum()
+
+
+def our_ft(method: str):
+    def ours(a, t, batch, params):
+        made, key = distillers.create("ft"), jax.random.key(0)
+        args = (outputs(a), outputs(t), batch, distillers.START)
+        nested = unflatten_dict(params, sep="/")
+        state = {k: v for k, v in made.init(key, *args).items() if k != "params"}
+        state["frozen"] = {"weights": jax.lax.stop_gradient(nested["paraphraser"])}
+        return made.apply({"params": nested, **state}, *args, mutable=list(state), method=method)[0][0]
+
+    return ours
+
+
+FT = {}
+for i in (1, 2, 3):
+    FT |= conv(f"translator/conv{i}", f"translator.encoder.{3 * i - 3}") | norm(f"translator/norm{i}", f"translator.encoder.{3 * i - 2}")
+    FT |= conv(f"paraphraser/encoder{i}", f"paraphraser.encoder.{3 * i - 3}", bias=True)
+    FT |= conv(f"paraphraser/decoder{i}", f"paraphraser.decoder.{3 * i - 3}", "up", bias=True)
+
+
+def ickd_build(s, t):
+    dims = s["stage3"].shape[1], t["stage3"].shape[1]
+    options = types.SimpleNamespace(s_dim=dims[0], t_dim=dims[1], feat_dim=dims[1])
+    return load("ADLab-AutoDrive/ICKD", "Cifar100/distiller_zoo/ICKD.py").ICKDLoss(options)
+
+
+def ickd(module, s, t, batch):
+    ce = nn.functional.cross_entropy(s["logits"], batch["label"])
+    return ce + 2.5 * sum(module([s["stage3"]], [t["stage3"]]))
+
+
+KEPT = np.random.default_rng(9).uniform(size=(8, 20, 1, 1))
+
+
+def mgd_build(s, t):
+    builder = {"..builder": {"DISTILL_LOSSES": types.SimpleNamespace(register_module=lambda: lambda made: made)}}
+    made = load("yzd-v/MGD", "cls/mmcls/distillation/losses/mgd.py", builder).MGDLoss
+    return made(s["stage3"].shape[1], t["stage3"].shape[1], "loss_mgd")
+
+
+def mgd_total(module, s, t, batch):
+    ce = nn.functional.cross_entropy(s["logits"], batch["label"])
+    with mock.patch.object(torch, "rand", lambda shape: torch.tensor(KEPT)):
+        return ce + module(s["stage3"], t["stage3"])
+
+
+@contextlib.contextmanager
+def same_mask():
+    def drop(key, x, rate):
+        return x * (KEPT.transpose(0, 2, 3, 1) >= rate)
+
+    with mock.patch.object(mgd, "drop_channels", drop):
+        yield
+
+
+MGD = conv("align", "align", bias=True) | conv("generate1", "generation.0", bias=True) | conv("generate2", "generation.2", bias=True)
+
+
+def cat(**settings):
+    def theirs(module, s, t, batch):
+        made, cfg = mdistiller("CAT_KD", "GzyAftermath/CAT-KD")
+        cfg.CAT_KD.LOSS = Node(cfg.CAT_KD.LOSS | {k: v for k, v in settings.items() if k.startswith("CA")})
+        cfg.CAT_KD.IF_NORMALIZE = settings["IF_NORMALIZE"]
+        # Their networks end in a 1x1 convolution before the pooling: its outputs are the last of their features.
+        s, t = ({**x, "stage3": torch.einsum("bchw,kc->bkhw", x["stage3"], x["kernel"])} for x in (s, t))
+        losses = made(Fixed(s), Fixed(t), cfg).forward_train(image=None, target=batch["label"])[1]
+        return sum(losses.values())
+
+    return theirs
+
+
+CAT = ("GzyAftermath/CAT-KD", "mdistiller/distillers/CAT_KD.py")
+CASES = [
+    fitnet("same size", 8, 8), fitnet("half", 8, 4), fitnet("double", 4, 8, "up"), fitnet("as many pixels less", 8, 6),
+    Case("vid", (RD, "distiller_zoo/VID.py"), vid, STAGES, "loss, regressors and variances", build=vid_build, weights=VID),
+    Case("ofd", (MD, "mdistiller/distillers/OFD.py"), whole("OFD"), ("logits", *PREACT), "total, default settings",
+         build=distiller("OFD"), weights=OFD, total=True, rtol=1e-6, note="they keep margins in float32"),
+    review("same sizes", ((6, 16), (10, 8), (14, 4)), ((8, 16), (12, 8), (20, 4))),
+    review("a student of half the size", ((6, 8), (10, 4), (14, 2)), ((8, 16), (12, 8), (20, 4))),
+    Case("ab", (RD, "distiller_zoo/AB.py, models/util.py"), ab, PREACT, "loss of the initial phase", build=ab_build, weights=AB),
+    Case("ab", (RD, "distiller_zoo/AB.py"), ab, PREACT, "the same, equal shapes", build=ab_build, options={"connectors": False},
+         data=shaped(((8, 8), (12, 8), (20, 4)), ((8, 8), (12, 8), (20, 4)))),
+    Case("ft", (RD, "distiller_zoo/FT.py, models/util.py"), ft, ("stage3",), "loss and translator", build=ft_build, weights=FT,
+         ours=our_ft("__call__")),
+    Case("ft", (RD, "models/util.py, helper/pretrain.py"), ft_initial, ("stage3",), "initial phase: the paraphraser", build=ft_build,
+         weights=FT, ours=our_ft("initial")),
+    Case("ickd", ("ADLab-AutoDrive/ICKD", "Cifar100/distiller_zoo/ICKD.py"), ickd, ("logits", "stage3"), "total without their KD",
+         build=ickd_build, weights=conv("conv", "embed_s.conv2d") | norm("norm", "embed_s.l2norm"), total=True),
+    Case("mgd", ("yzd-v/MGD", "cls/mmcls/distillation/losses/mgd.py"), mgd_total, ("logits", "stage3"), "total, the same mask",
+         build=mgd_build, weights=MGD, total=True, patched=same_mask,
+         note="they align channels only where the counts differ; ours always does, since a stage's counts change"),
+    Case("catkd", CAT, cat(IF_NORMALIZE=False, CAT_loss_weight=15.0), ("logits", "stage3", "kernel"), "total, resnet32x4-resnet8x4",
+         total=True),
+    Case("catkd", CAT, cat(IF_NORMALIZE=True, CAT_loss_weight=600.0, CAM_RESOLUTION=4), ("logits", "stage3", "kernel"),
+         "total, ShuffleNets' settings", options={"normalised": True, "resolution": 4, "weight": 600.0}, total=True,
+         data=shaped(((6, 16), (10, 8), (14, 4)), ((8, 16), (12, 8), (20, 8)))),
+]  # fmt: skip
