@@ -483,6 +483,19 @@ def test_srrl_sees_through_the_head_of_the_width(pairs):
         np.testing.assert_allclose(metrics["distillation"], feature + 3 * regression, rtol=1e-4)
 
 
+def test_srrl_on_maps_pools_after_its_layer(pairs):
+    s, teachers = pairs["cross"]
+    for width, t in teachers.items():
+        _, metrics, params, _ = run("srrl", pairs["cross"], width, on_map=True)
+        made = jnp.einsum("bhwc,cd->bhwd", s.final, params["linear"]["kernel"][:, : t.pooled.shape[-1]])
+        centred = made - made.mean((0, 1, 2))
+        guess = jax.nn.relu(centred / jnp.sqrt((centred**2).mean((0, 1, 2)) + 1e-5)).mean((1, 2))
+        np.testing.assert_allclose(metrics["feature"], jnp.mean((guess - t.pooled) ** 2), rtol=1e-4)
+        np.testing.assert_allclose(metrics["regression"], jnp.mean(((guess - t.pooled) @ t.head[0]) ** 2), rtol=1e-4)
+    with pytest.raises(UserError, match="SRRL with on_map needs 'final', which the student's model does not return"):
+        fitted("srrl", (s._replace(final=None), teachers), on_map=True)
+
+
 def test_simkd_predicts_by_the_teachers_head_and_its_running_statistics(pairs):
     student, teachers = pairs["resnet"]
     distillation, params, state = started("simkd", pairs["resnet"])

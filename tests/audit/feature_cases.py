@@ -1,38 +1,18 @@
 """Methods that compare feature maps, through connectors."""
 
-import contextlib
 import types
 from unittest import mock
 
-import jax
-import numpy as np
+import inputs
 import torch
-from compare import Case, leaves, outputs
-from flax.traverse_util import unflatten_dict
+from compare import Case, conv, norm
 from logit_cases import whole
 from official import MD, RD, Fixed, Node, load, mdistiller
+from ours import KEPT
 from relation_cases import STAGES, listed
 from torch import nn
 
-from pwkd_jax import distillers
-from pwkd_jax.distillers import mgd
-
 PREACT = ("preact1", "preact2", "preact3")
-BOTH = (("scale", "weight", "same"), ("bias", "bias", "same"))
-
-
-def norm(ours: str, theirs: str) -> dict:
-    return {f"{ours}/{a}": (f"{theirs}.{b}", kind) for a, b, kind in BOTH}
-
-
-def conv(ours: str, theirs: str, kind="conv", bias=False) -> dict:
-    return {f"{ours}/kernel": (f"{theirs}.weight", kind)} | ({f"{ours}/bias": (f"{theirs}.bias", "same")} if bias else {})
-
-
-def shaped(student, teacher):
-    return lambda: leaves(3, {"student": student, "teacher": teacher})
-
-
 def distiller(method: str, group: str = "", **settings):
     """build(...) of an mdistiller distiller."""
 
@@ -48,7 +28,7 @@ def distiller(method: str, group: str = "", **settings):
 def fitnet(part: str, student: int, teacher: int, kind="conv") -> Case:
     return Case(
         "fitnet", (MD, "mdistiller/distillers/FitNet.py, _common.py"), whole("FitNet"), ("logits", "stage2"), f"total, {part}",
-        build=distiller("FitNet"), total=True, data=shaped(((6, 8), (10, student), (14, 4)), ((8, 8), (12, teacher), (20, 4))),
+        build=distiller("FitNet"), total=True, shapes=(((6, 8), (10, student), (14, 4)), ((8, 8), (12, teacher), (20, 4))),
         weights=conv("regressor/conv", "conv_reg.conv", kind) | norm("regressor/norm", "conv_reg.bn"),
     )  # fmt: skip
 
@@ -56,8 +36,6 @@ def fitnet(part: str, student: int, teacher: int, kind="conv") -> Case:
 def vid_build(s, t):
     made = load(RD, "distiller_zoo/VID.py").VIDLoss
     made = nn.ModuleList([made(s[n].shape[1], t[n].shape[1], t[n].shape[1]) for n in STAGES])
-    for m in made:
-        m.log_scale.data += torch.linspace(-1, 1, len(m.log_scale))
     return made
 
 
@@ -69,7 +47,8 @@ VID = {f"stage{i}/conv{j}/kernel": (f"{i - 1}.regressor.{2 * j - 2}.weight", "co
 VID |= {f"stage{i}/scale": (f"{i - 1}.log_scale", "same") for i in (1, 2, 3)}
 OFD = {}
 for i in (1, 2, 3):
-    OFD |= conv(f"stage{i}_conv", f"connectors.connectors.{i - 1}.0") | norm(f"stage{i}_norm", f"connectors.connectors.{i - 1}.1")
+    theirs = f"connectors.connectors.{i - 1}"
+    OFD |= conv(f"stage{i}_conv", f"{theirs}.0") | norm(f"stage{i}_norm", f"{theirs}.1")
 REVIEW = {}
 for i, name in enumerate(("pooled", "stage3", "stage2", "stage1")):
     REVIEW |= conv(f"{name}/middle_conv", f"abfs.{i}.conv1.0") | norm(f"{name}/middle_norm", f"abfs.{i}.conv1.1")
@@ -77,13 +56,14 @@ for i, name in enumerate(("pooled", "stage3", "stage2", "stage1")):
     REVIEW |= conv(f"{name}/attention", f"abfs.{i}.att_conv.0", bias=True) if i else {}
 
 
-def review(part: str, student, teacher) -> Case:
+def review(part: str, student, teacher, epoch=1000.0, note="") -> Case:
     channels = [[c for c, _ in x] + [x[-1][0]] for x in (student, teacher)]
     sides = [[1, *(side for _, side in reversed(x))] for x in (student, teacher)]
     settings = {"IN_CHANNELS": channels[0], "OUT_CHANNELS": channels[1], "SHAPES": sides[0], "OUT_SHAPES": sides[1]}
     return Case(
-        "reviewkd", (MD, "mdistiller/distillers/ReviewKD.py"), whole("ReviewKD"), ("logits", *STAGES, "pooled"), f"total, {part}",
-        build=distiller("ReviewKD", "REVIEWKD", **settings), total=True, data=shaped(student, teacher), weights=REVIEW,
+        "reviewkd", (MD, "mdistiller/distillers/ReviewKD.py"), whole("ReviewKD", epoch=epoch), ("logits", *STAGES, "pooled"),
+        f"total, {part}", build=distiller("ReviewKD", "REVIEWKD", **settings), total=True, shapes=(student, teacher),
+        weights=REVIEW, epoch=epoch, note=note, golden=part != "same sizes",
     )  # fmt: skip
 
 
@@ -116,21 +96,10 @@ def ft_initial(module, s, t, batch):
     return nn.functional.mse_loss(module["paraphraser"](t["stage3"])[1], t["stage3"]) + 0 * s["stage3"].sum()
 
 
-def our_ft(method: str):
-    def ours(a, t, batch, params):
-        made, key = distillers.create("ft"), jax.random.key(0)
-        args = (outputs(a), outputs(t), batch, distillers.START)
-        nested = unflatten_dict(params, sep="/")
-        state = {k: v for k, v in made.init(key, *args).items() if k != "params"}
-        state["frozen"] = {"weights": jax.lax.stop_gradient(nested["paraphraser"])}
-        return made.apply({"params": nested, **state}, *args, mutable=list(state), method=method)[0][0]
-
-    return ours
-
-
 FT = {}
 for i in (1, 2, 3):
-    FT |= conv(f"translator/conv{i}", f"translator.encoder.{3 * i - 3}") | norm(f"translator/norm{i}", f"translator.encoder.{3 * i - 2}")
+    FT |= conv(f"translator/conv{i}", f"translator.encoder.{3 * i - 3}")
+    FT |= norm(f"translator/norm{i}", f"translator.encoder.{3 * i - 2}")
     FT |= conv(f"paraphraser/encoder{i}", f"paraphraser.encoder.{3 * i - 3}", bias=True)
     FT |= conv(f"paraphraser/decoder{i}", f"paraphraser.decoder.{3 * i - 3}", "up", bias=True)
 
@@ -146,9 +115,6 @@ def ickd(module, s, t, batch):
     return ce + 2.5 * sum(module([s["stage3"]], [t["stage3"]]))
 
 
-KEPT = np.random.default_rng(9).uniform(size=(8, 20, 1, 1))
-
-
 def mgd_build(s, t):
     builder = {"..builder": {"DISTILL_LOSSES": types.SimpleNamespace(register_module=lambda: lambda made: made)}}
     made = load("yzd-v/MGD", "cls/mmcls/distillation/losses/mgd.py", builder).MGDLoss
@@ -161,16 +127,8 @@ def mgd_total(module, s, t, batch):
         return ce + module(s["stage3"], t["stage3"])
 
 
-@contextlib.contextmanager
-def same_mask():
-    def drop(key, x, rate):
-        return x * (KEPT.transpose(0, 2, 3, 1) >= rate)
-
-    with mock.patch.object(mgd, "drop_channels", drop):
-        yield
-
-
-MGD = conv("align", "align", bias=True) | conv("generate1", "generation.0", bias=True) | conv("generate2", "generation.2", bias=True)
+MGD = conv("align", "align", bias=True)
+MGD |= conv("generate1", "generation.0", bias=True) | conv("generate2", "generation.2", bias=True)
 
 
 def cat(**settings):
@@ -188,27 +146,35 @@ def cat(**settings):
 
 CAT = ("GzyAftermath/CAT-KD", "mdistiller/distillers/CAT_KD.py")
 CASES = [
-    fitnet("same size", 8, 8), fitnet("half", 8, 4), fitnet("double", 4, 8, "up"), fitnet("as many pixels less", 8, 6),
+    fitnet("same size", 8, 8),
+    fitnet("half", 8, 4),
+    fitnet("double", 4, 8, "up"),
+    fitnet("as many pixels less", 8, 6),
     Case("vid", (RD, "distiller_zoo/VID.py"), vid, STAGES, "loss, regressors and variances", build=vid_build, weights=VID),
     Case("ofd", (MD, "mdistiller/distillers/OFD.py"), whole("OFD"), ("logits", *PREACT), "total, default settings",
-         build=distiller("OFD"), weights=OFD, total=True, rtol=1e-6, note="they keep margins in float32"),
+         golden=True, build=distiller("OFD"), weights=OFD, total=True, rtol=1e-6, note="they keep margins in float32"),
     review("same sizes", ((6, 16), (10, 8), (14, 4)), ((8, 16), (12, 8), (20, 4))),
     review("a student of half the size", ((6, 8), (10, 4), (14, 2)), ((8, 16), (12, 8), (20, 4))),
-    Case("ab", (RD, "distiller_zoo/AB.py, models/util.py"), ab, PREACT, "loss of the initial phase", build=ab_build, weights=AB),
-    Case("ab", (RD, "distiller_zoo/AB.py"), ab, PREACT, "the same, equal shapes", build=ab_build, options={"connectors": False},
-         data=shaped(((8, 8), (12, 8), (20, 4)), ((8, 8), (12, 8), (20, 4)))),
-    Case("ft", (RD, "distiller_zoo/FT.py, models/util.py"), ft, ("stage3",), "loss and translator", build=ft_build, weights=FT,
-         ours=our_ft("__call__")),
-    Case("ft", (RD, "models/util.py, helper/pretrain.py"), ft_initial, ("stage3",), "initial phase: the paraphraser", build=ft_build,
-         weights=FT, ours=our_ft("initial")),
-    Case("ickd", ("ADLab-AutoDrive/ICKD", "Cifar100/distiller_zoo/ICKD.py"), ickd, ("logits", "stage3"), "total without their KD",
-         build=ickd_build, weights=conv("conv", "embed_s.conv2d") | norm("norm", "embed_s.l2norm"), total=True),
-    Case("mgd", ("yzd-v/MGD", "cls/mmcls/distillation/losses/mgd.py"), mgd_total, ("logits", "stage3"), "total, the same mask",
-         build=mgd_build, weights=MGD, total=True, patched=same_mask,
-         note="they align channels only where the counts differ; ours always does, since a stage's counts change"),
-    Case("catkd", CAT, cat(IF_NORMALIZE=False, CAT_loss_weight=15.0), ("logits", "stage3", "kernel"), "total, resnet32x4-resnet8x4",
+    review("epoch 5 of the warm-up", ((6, 16), (10, 8), (14, 4)), ((8, 16), (12, 8), (20, 4)), 5.0,
+           "mdistiller counts epochs from 1, the authors' own dvlab-research/ReviewKD from 0, both a whole epoch "
+            "long; ours is between"),
+    Case("ab", (RD, "distiller_zoo/AB.py, models/util.py"), ab, PREACT, "loss of the initial phase", build=ab_build,
+         weights=AB),
+    Case("ab", (RD, "distiller_zoo/AB.py"), ab, PREACT, "the same, equal shapes", build=ab_build,
+         options={"connectors": False}, shapes=inputs.SAME),
+    Case("ft", (RD, "distiller_zoo/FT.py, models/util.py"), ft, ("stage3",), "loss and translator", build=ft_build,
+         weights=FT, call="ft", golden=True),
+    Case("ft", (RD, "models/util.py, helper/pretrain.py"), ft_initial, ("stage3",), "initial phase: the paraphraser",
+         build=ft_build, weights=FT, call="ft initial", golden=True),
+    Case("ickd", ("ADLab-AutoDrive/ICKD", "Cifar100/distiller_zoo/ICKD.py"), ickd, ("logits", "stage3"),
+         "total without their KD", build=ickd_build, weights=conv("conv", "embed_s.conv2d") | norm("norm", "embed_s.l2norm"),
          total=True),
+    Case("mgd", ("yzd-v/MGD", "cls/mmcls/distillation/losses/mgd.py"), mgd_total, ("logits", "stage3"),
+         "total, the same mask", build=mgd_build, weights=MGD, total=True, patch="mgd", golden=True,
+         note="they align channels only where the counts differ; ours always does, since a stage's counts change"),
+    Case("catkd", CAT, cat(IF_NORMALIZE=False, CAT_loss_weight=15.0), ("logits", "stage3", "kernel"),
+         "total, resnet32x4-resnet8x4", total=True),
     Case("catkd", CAT, cat(IF_NORMALIZE=True, CAT_loss_weight=600.0, CAM_RESOLUTION=4), ("logits", "stage3", "kernel"),
          "total, ShuffleNets' settings", options={"normalised": True, "resolution": 4, "weight": 600.0}, total=True,
-         data=shaped(((6, 16), (10, 8), (14, 4)), ((8, 16), (12, 8), (20, 8)))),
+         shapes=(((6, 16), (10, 8), (14, 4)), ((8, 16), (12, 8), (20, 8)))),
 ]  # fmt: skip

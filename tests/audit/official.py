@@ -1,4 +1,4 @@
-"""The authors' code, imported from clones: which repositories, and the stand-ins for what an import needs but a loss does not."""
+"""The authors' code, imported from clones: from which, and with what in the place of modules that no loss needs."""
 
 import contextlib
 import importlib
