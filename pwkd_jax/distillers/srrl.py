@@ -24,8 +24,9 @@ class SRRL(nn.Module):
     """`srrl_losses` of what a trained layer makes of the student's features, seen by the teacher's classifier.
 
     The layer is linear, batch norm, ReLU. regression_weight: of the second loss beside the first. on_map: the layer works at
-    each pixel of the student's `final` map and what it makes is pooled, as the authors have it on ImageNet; else it works on the
-    pooled features. The defaults are those of the SimKD benchmark for every CIFAR pair, which adds KD at weight 1 (`kd+srrl`).
+    each pixel of the student's `final` map and what it makes is pooled, as the authors have it on ImageNet; else it works on
+    the pooled features. The defaults are those of the SimKD benchmark for every CIFAR pair, which adds KD at weight 1
+    (`kd+srrl`).
     """
 
     ce_weight: float = 1.0

@@ -90,7 +90,8 @@ DEFAULTS = {
     "streamlined": [("temperature", TD, TD_FILE, r"class SKDInstanceLoss[\s\S]*?temperature=([\d.]+)"),
                     ("tikhonov", TD, TD_FILE, r"tikhonov=(1e-1),")],
     "sokd": [("weight", COPY, COPY_FILE, r"AUG_FEAT_WEIGHT: ([\d.]+)"), ("areas", COPY, COPY_FILE, r"AREA_NUM: (\d+)"),
-             ("hint_stage", COPY, COPY_FILE, r"HINT_LAYER: (\d+)"), ("policy_epochs", COPY, COPY_FILE, r"SERACH_EPOCH: (\d+)")],
+             ("hint_stage", COPY, COPY_FILE, r"HINT_LAYER: (\d+)"), ("policy_epochs", COPY, COPY_FILE, r"SERACH_EPOCH: (\d+)"),
+             ("kinds", COPY, "mdistiller/distillers/DFKD.py", r"AreaDetection\([^\n]*, (\d+)\)")],
 }  # fmt: skip
 
 
