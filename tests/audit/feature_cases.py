@@ -56,6 +56,45 @@ for i, name in enumerate(("pooled", "stage3", "stage2", "stage1")):
     REVIEW |= conv(f"{name}/attention", f"abfs.{i}.att_conv.0", bias=True) if i else {}
 
 
+def authors_ofd_build(s, t):
+    return load("clovaai/overhaul-distillation", "CIFAR-100/distiller.py").Distiller(Fixed(t), Fixed(s))
+
+
+def authors_ofd(module, s, t, batch):
+    """As train_with_distill has it, but for the teacher's batch norm."""
+    module.t_net, module.s_net = Fixed(t), Fixed(s)
+    logits, loss = module(batch["image"])
+    return nn.functional.cross_entropy(logits, batch["label"]) + loss.sum() / len(logits) / 1000
+
+
+class Listed(nn.Module):
+    """A student as dvlab-research/ReviewKD has them: all its features in one list, and logits."""
+
+    def __init__(self, a):
+        super().__init__()
+        self.a = a
+
+    def forward(self, image, is_feat=True):
+        return [*listed(self.a), self.a["pooled"][:, :, None, None]], self.a["logits"]
+
+
+def authors_review_build(student, teacher):
+    channels = [[c for c, _ in x] + [x[-1][0]] for x in (student, teacher)]
+    sides = [[1, *(side for _, side in reversed(x))] for x in (student, teacher)]
+    return lambda s, t: load("dvlab-research/ReviewKD", REVIEWKD).ReviewKD(Listed(s), *channels, *sides)
+
+
+def authors_review(module, s, t, batch):
+    """As train.py has it after the warm-up, at weight 1."""
+    module.student.a = s
+    made, logits = module(batch["image"])
+    loss = load("dvlab-research/ReviewKD", REVIEWKD).hcl(made, [*listed(t, PREACT), t["pooled"][:, :, None, None]])
+    return nn.functional.cross_entropy(logits, batch["label"]) + loss
+
+
+REVIEWKD, REVIEWED = "CIFAR-100/model/reviewkd.py", (((6, 16), (10, 8), (14, 4)), ((8, 16), (12, 8), (20, 4)))
+
+
 def review(part: str, student, teacher, epoch=1000.0, note="") -> Case:
     channels = [[c for c, _ in x] + [x[-1][0]] for x in (student, teacher)]
     sides = [[1, *(side for _, side in reversed(x))] for x in (student, teacher)]
@@ -153,6 +192,13 @@ CASES = [
     Case("vid", (RD, "distiller_zoo/VID.py"), vid, STAGES, "loss, regressors and variances", build=vid_build, weights=VID),
     Case("ofd", (MD, "mdistiller/distillers/OFD.py"), whole("OFD"), ("logits", *PREACT), "total, default settings",
          golden=True, build=distiller("OFD"), weights=OFD, total=True, rtol=1e-6, note="they keep margins in float32"),
+    Case("ofd", ("clovaai/overhaul-distillation", "CIFAR-100/distiller.py, train_with_distillation.py"), authors_ofd,
+         ("logits", *PREACT), "total, the same features", build=authors_ofd_build, total=True, rtol=1e-6,
+         weights={k: (n.replace("connectors.connectors", "Connectors"), kind) for k, (n, kind) in OFD.items()},
+         note="given the teacher's features; the authors take them with its batch norm in training mode, "
+              "by the batch's statistics, and ours, as in every method, in evaluation mode"),
+    Case("reviewkd", ("dvlab-research/ReviewKD", REVIEWKD), authors_review, ("logits", *STAGES, "pooled"), "total, same sizes",
+         build=authors_review_build(*REVIEWED), shapes=REVIEWED, weights=REVIEW, total=True),
     review("same sizes", ((6, 16), (10, 8), (14, 4)), ((8, 16), (12, 8), (20, 4))),
     review("a student of half the size", ((6, 8), (10, 4), (14, 2)), ((8, 16), (12, 8), (20, 4))),
     review("epoch 5 of the warm-up", ((6, 16), (10, 8), (14, 4)), ((8, 16), (12, 8), (20, 4)), 5.0,

@@ -19,6 +19,8 @@ REPOSITORIES = {
     "Hao840/OFAKD": "f7bb896cac9879040800bde08a8cc2057a904c52",
     "HobbitLong/RepDistiller": "b84f547c5db6a35318d4671d7d5c4de74c822403",
     "Jin-Ying/Multi-Level-Logit-Distillation": "5ee473fcf193dfb00a0598b64d0acfe6ad58a482",
+    "clovaai/overhaul-distillation": "76344a84a7ce23c894f41a2e05b866c9b73fd85a",
+    "dvlab-research/ReviewKD": "cede6ea6387ae9b6127de0e561507177bf19c11e",
     "hunto/image_classification_sota": "6f7a70a1dd57fd88413d83909d3d53243068f701",
     "jingyang2017/KD_SRRL": "d2e802f5f57efd4f5bc6326a697b48236008a5b6",
     "megvii-research/mdistiller": "a08d46f10d6102bd6e3f258ca5ac880b020ea259",
@@ -70,8 +72,15 @@ def standing_in(names):
         made[name] = mock.MagicMock(spec=None, __path__=[], __name__=name, __spec__=None)
         for key, value in (names[name] if isinstance(names, dict) else {}).items():
             setattr(made[name], key, value)
-    with mock.patch.dict(sys.modules, made):
+    before = {name: sys.modules[name] for name in made if name in sys.modules}
+    sys.modules |= made
+    try:
         yield
+    finally:
+        # What else was imported meanwhile stays.
+        for name in made:
+            del sys.modules[name]
+        sys.modules |= before
 
 
 _modules: dict[tuple[str, str], types.ModuleType] = {}
@@ -123,7 +132,15 @@ class Fixed(nn.Module):
     def get_bn_before_relu(self):
         return self.norms
 
+    def get_channel_num(self):
+        return self.get_stage_channels()[1:]
+
+    def extract_feature(self, image, preReLU):
+        return list(self.result[1]["preact_feats"][1:]), self.result[0]
+
 
 def without_cuda() -> None:
-    """Let .cuda() leave things where they are."""
+    """Let .cuda() and .to("cuda") leave things where they are."""
     torch.Tensor.cuda = nn.Module.cuda = lambda self, *a, **k: self
+    to = nn.Module.to
+    nn.Module.to = lambda self, *a, **k: self if a == ("cuda",) else to(self, *a, **k)
