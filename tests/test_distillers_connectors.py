@@ -611,6 +611,20 @@ def test_ft_trains_its_paraphraser_first_and_alone_and_then_freezes_it(pairs):
     assert fitted("ft", pairs["resnet"], ratio=0.25).likes[1.0]["params"]["translator"]["conv3"]["kernel"].shape[-1] == 16
 
 
+def test_ft_of_whole_factors_at_a_width(pairs):
+    student, teachers = pairs["resnet"]
+    _, metrics, params, state = run("ft", pairs["resnet"], 0.5, whole_factors=True)
+    like = fitted("ft", pairs["resnet"], whole_factors=True).likes[0.5]
+    block = slimmable.take({"params": params, **state}, like)
+    teacher = teachers[0.5].stages[-1]
+    factor, rebuilt = Paraphraser(16).apply({"params": block["frozen"]["weights"]}, teacher)
+    translated = Translator(16, False).apply({"params": block["params"]["translator"]}, student.stages[-1])
+    s, t = (np.asarray(x, np.float64).reshape(4, -1) for x in (translated, factor))
+    s, t = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (s, t))
+    np.testing.assert_allclose(metrics["distillation"], np.mean(np.abs(s - t)), rtol=1e-5)
+    np.testing.assert_allclose(metrics["reconstruction"], np.mean(np.abs(rebuilt - teacher)), rtol=1e-5)
+
+
 def test_a_run_without_an_initial_phase_of_ft_is_refused_but_ab_is_cross_entropy(pairs):
     with pytest.raises(UserError, match=r"^initial_epochs: 0 is not possible; it should be above 0, for an untrained"):
         FT(initial_epochs=0.0)

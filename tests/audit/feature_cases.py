@@ -143,6 +143,33 @@ for i in (1, 2, 3):
     FT |= conv(f"paraphraser/decoder{i}", f"paraphraser.decoder.{3 * i - 3}", "up", bias=True)
 
 
+JANGHO = "Jangho-Kim/Factor-Transfer-pytorch"
+
+
+def authors_ft_build(s, t):
+    made, features = load(JANGHO, "Models/FeatureProjection.py"), t["stage3"].shape[1] // 2
+    parts = {"paraphraser": made.Paraphraser(t["stage3"].shape[1], features)}
+    return nn.ModuleDict(parts | {"translator": made.Translator(s["stage3"].shape[1], features)})
+
+
+def authors_ft(module, s, t, batch):
+    """As train_student.py has it."""
+    factor = load(JANGHO, "utils.py", ["torchvision", "torchvision.transforms"]).FT
+    return nn.L1Loss()(factor(module["translator"](s["stage3"])), factor(module["paraphraser"](t["stage3"], 1).detach()))
+
+
+def authors_ft_initial(module, s, t, batch):
+    """As train_Paraphraser.py has it."""
+    return nn.L1Loss()(module["paraphraser"](t["stage3"], 0), t["stage3"]) + 0 * s["stage3"].sum()
+
+
+JANGHO_FT = {}
+for i in (0, 1, 2):
+    JANGHO_FT |= conv(f"translator/conv{i + 1}", f"translator.conv{i}", bias=True)
+    JANGHO_FT |= conv(f"paraphraser/encoder{i + 1}", f"paraphraser.conv{i}", bias=True)
+    JANGHO_FT |= conv(f"paraphraser/decoder{i + 1}", f"paraphraser.deconv{i}", "up", bias=True)
+
+
 def ickd_build(s, t):
     dims = s["stage3"].shape[1], t["stage3"].shape[1]
     options = types.SimpleNamespace(s_dim=dims[0], t_dim=dims[1], feat_dim=dims[1])
@@ -212,6 +239,14 @@ CASES = [
          weights=FT, call="ft", golden=True),
     Case("ft", (RD, "models/util.py, helper/pretrain.py"), ft_initial, ("stage3",), "initial phase: the paraphraser",
          build=ft_build, weights=FT, call="ft initial", golden=True),
+    Case("ft", (JANGHO, "Models/FeatureProjection.py, train_student.py"), authors_ft, ("stage3",),
+         "loss and translator, the authors' form", build=authors_ft_build, weights=JANGHO_FT, call="ft",
+         options={"whole_factors": True}, golden=True,
+         note="the default is RepDistiller's form, whose weight and benchmark it has: factors averaged over channels, batch "
+              "norm in the translator, a squared error in the initial phase; `whole_factors` is the authors'"),
+    Case("ft", (JANGHO, "Models/FeatureProjection.py, train_Paraphraser.py"), authors_ft_initial, ("stage3",),
+         "initial phase, the authors' form", build=authors_ft_build, weights=JANGHO_FT, call="ft initial",
+         options={"whole_factors": True}, golden=True),
     Case("ickd", ("ADLab-AutoDrive/ICKD", "Cifar100/distiller_zoo/ICKD.py"), ickd, ("logits", "stage3"),
          "total without their KD", build=ickd_build, weights=conv("conv", "embed_s.conv2d") | norm("norm", "embed_s.l2norm"),
          total=True),

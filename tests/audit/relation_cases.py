@@ -18,6 +18,24 @@ def listed(s, names=STAGES):
     return [s[n] for n in names]
 
 
+def authors_rkd(module, s, t, batch):
+    util = load("lenscloth/RKD", "metric/utils.py")
+    loss = load("lenscloth/RKD", "metric/loss.py", {"metric": {}, "metric.utils": {"pdist": util.pdist}})
+    parts = 25 * loss.RkdDistance()(s["pooled"], t["pooled"]) + 50 * loss.RKdAngle()(s["pooled"], t["pooled"])
+    return nn.functional.cross_entropy(s["logits"], batch["label"]) + parts
+
+
+def authors_at(module, s, t, batch):
+    loss = load("szagoruyko/attention-transfer", "utils.py", ["nested_dict"]).at_loss
+    parts = sum(loss(s[n], t[n]) for n in STAGES)
+    return nn.functional.cross_entropy(s["logits"], batch["label"]) + 1000 * parts
+
+
+def authors_pkt(module, s, t, batch):
+    loss = load("passalis/probabilistic_kt", "nn/pkt.py").cosine_similarity_loss(s["pooled"], t["pooled"])
+    return nn.functional.cross_entropy(s["logits"], batch["label"]) + 30000 * loss
+
+
 def correlation_build(s, t):
     util = load(RD, "models/util.py")
     return nn.ModuleList([util.LinearEmbed(x["pooled"].shape[1], 128) for x in (s, t)])
@@ -81,10 +99,16 @@ def total(method: str, theirs: str, wrt, part="total, default settings", **more)
 
 
 CASES = [
+    Case("rkd", ("lenscloth/RKD", "metric/loss.py, metric/utils.py"), authors_rkd, ("logits", "pooled"),
+         "total, default weights", total=True, rtol=1e-7),
     total("rkd", "RKD", ("pooled",), rtol=1e-7),
+    Case("pkt", ("passalis/probabilistic_kt", "nn/pkt.py"), authors_pkt, ("logits", "pooled"), "total, default weight",
+         total=True, rtol=1e-6, note="they add 1e-7 to a length before dividing by it; ours does not"),
     total("pkt", "PKT", ("pooled",), rtol=1e-6, golden=True,
           note="they add 1e-7 to a length before dividing by it; ours does not"),
     total("sp", "SP", ("stage3",)),
+    Case("at", ("szagoruyko/attention-transfer", "utils.py"), authors_at, ("logits", *STAGES), "total, default weight",
+         total=True),
     total("at", "AT", STAGES),
     total("at", "AT", STAGES, "total, maps of other sizes", shapes=OTHER_SIZES),
     total("nst", "NST", STAGES),
