@@ -549,6 +549,7 @@ def test_pairs_that_cannot_be_are_refused(real):
         ("catkd", {"resolution": 0}, "resolution: 0 is not possible"),
         ("mgd", {"masked": 1.0}, "masked: 1 is not possible"),
         ("sokd", {"areas": 0}, "areas: 0 is not possible"),
+        ("sokd", {"kinds": 0}, "kinds: 0 is not possible"),
         ("sokd", {"hint_stage": 0}, "hint_stage: 0 is not possible"),
     ],
 )

@@ -483,6 +483,19 @@ def test_srrl_sees_through_the_head_of_the_width(pairs):
         np.testing.assert_allclose(metrics["distillation"], feature + 3 * regression, rtol=1e-4)
 
 
+def test_srrl_on_maps_pools_after_its_layer(pairs):
+    s, teachers = pairs["cross"]
+    for width, t in teachers.items():
+        _, metrics, params, _ = run("srrl", pairs["cross"], width, on_map=True)
+        made = jnp.einsum("bhwc,cd->bhwd", s.final, params["linear"]["kernel"][:, : t.pooled.shape[-1]])
+        centred = made - made.mean((0, 1, 2))
+        guess = jax.nn.relu(centred / jnp.sqrt((centred**2).mean((0, 1, 2)) + 1e-5)).mean((1, 2))
+        np.testing.assert_allclose(metrics["feature"], jnp.mean((guess - t.pooled) ** 2), rtol=1e-4)
+        np.testing.assert_allclose(metrics["regression"], jnp.mean(((guess - t.pooled) @ t.head[0]) ** 2), rtol=1e-4)
+    with pytest.raises(UserError, match="SRRL with on_map needs 'final', which the student's model does not return"):
+        fitted("srrl", (s._replace(final=None), teachers), on_map=True)
+
+
 def test_simkd_predicts_by_the_teachers_head_and_its_running_statistics(pairs):
     student, teachers = pairs["resnet"]
     distillation, params, state = started("simkd", pairs["resnet"])
@@ -596,6 +609,20 @@ def test_ft_trains_its_paraphraser_first_and_alone_and_then_freezes_it(pairs):
     assert factor.shape == translated.shape == (4, 2, 2, 16) and rebuilt.shape == teacher.shape
     np.testing.assert_allclose(metrics["distillation"], ft_loss(translated, factor), rtol=1e-5)
     assert fitted("ft", pairs["resnet"], ratio=0.25).likes[1.0]["params"]["translator"]["conv3"]["kernel"].shape[-1] == 16
+
+
+def test_ft_of_whole_factors_at_a_width(pairs):
+    student, teachers = pairs["resnet"]
+    _, metrics, params, state = run("ft", pairs["resnet"], 0.5, whole_factors=True)
+    like = fitted("ft", pairs["resnet"], whole_factors=True).likes[0.5]
+    block = slimmable.take({"params": params, **state}, like)
+    teacher = teachers[0.5].stages[-1]
+    factor, rebuilt = Paraphraser(16).apply({"params": block["frozen"]["weights"]}, teacher)
+    translated = Translator(16, False).apply({"params": block["params"]["translator"]}, student.stages[-1])
+    s, t = (np.asarray(x, np.float64).reshape(4, -1) for x in (translated, factor))
+    s, t = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (s, t))
+    np.testing.assert_allclose(metrics["distillation"], np.mean(np.abs(s - t)), rtol=1e-5)
+    np.testing.assert_allclose(metrics["reconstruction"], np.mean(np.abs(rebuilt - teacher)), rtol=1e-5)
 
 
 def test_a_run_without_an_initial_phase_of_ft_is_refused_but_ab_is_cross_entropy(pairs):

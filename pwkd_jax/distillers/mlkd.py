@@ -30,8 +30,9 @@ class MLKD(nn.Module):
     """KD + `batch_loss` + `class_loss`, summed over `temperatures`, weighted 0.9 beside 0.1 of cross entropy.
 
     The three levels and the prediction augmentation of the paper, on one view of each image. The authors' runs add a
-    second, strongly augmented view, 480 epochs and a learning rate of 0.025. Their released confidence masks, which the
-    reduction before them turns into mere factors, are left out.
+    second, strongly augmented view and a learning rate of 0.025, over 240 epochs in their released configs and 480 in those
+    of logit-standardization-KD. Their released confidence masks, which the reduction before them turns into mere factors,
+    are left out.
     """
 
     ce_weight: float = 0.1

@@ -24,7 +24,7 @@ def nkd_loss(
 
 
 class NKD(nn.Module):
-    """`nkd_loss` beside full cross entropy, at the authors' ImageNet setting: gamma 1.5, T = 1."""
+    """`nkd_loss` beside full cross entropy, at the authors' ImageNet setting: gamma 1.5, T = 1 (3.5 and 3 on CIFAR-100)."""
 
     ce_weight: float = 1.0
     weight: float = 1.0

@@ -43,8 +43,9 @@ class OFD(nn.Module):
 
     The student's maps pass through a trained 1x1 convolution and batch norm; the larger map of a stage is
     average-pooled to the smaller one's size before that. Where one model has more stages, its last ones count. The
-    margins are those of the teacher's width that is teaching. Default weight: mdistiller's for every CIFAR pair; 1e-4 on
-    ImageNet, whose maps are larger.
+    margins are those of the teacher's width that is teaching. The authors' teacher normalises by the batch's own statistics;
+    here it stays in evaluation mode, as in every method. Default weight: theirs and mdistiller's for every CIFAR pair; 1e-4
+    on ImageNet, whose maps are larger.
     """
 
     ce_weight: float = 1.0

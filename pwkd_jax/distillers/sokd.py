@@ -130,24 +130,28 @@ class Head(nn.Module):
 class SoKD(nn.Module):
     """`sokd_losses` between one stage of the student, regressed (`ConvReg`), and the teacher's, augmented (`augment`).
 
-    Two heat-maps, sizes and offsets of boxes come from heads shared by both networks; the feature loss is taken in the
-    student's boxes, and the area loss is between all heads' outputs. Weights are for resnet32x4 to resnet8x4.
+    `kinds` heat-maps (as many as in the working copy, whatever the classes), sizes and offsets of boxes come from heads shared
+    by both networks; the feature loss is taken in the student's boxes, and the area loss is between all heads' outputs.
+    Weights are for resnet32x4 to resnet8x4.
 
     Ours, and simpler than the paper's bi-level search: the augmentation's policy descends the student's own loss on the
     same batch, to first order and by the student's optimiser, through straight-through draws instead of a learned
     control variate. The two operations of a sub-policy act in the order of RANGES. The policy learns for the first
     `policy_epochs` of a stage (50, as with FitNet's loss in the working copy), then stays. hint_stage: counted from 1.
+    Also ours: whether an operation acts is drawn for every image, not once a batch; a move is by a fraction of the map (the
+    working copy's, by that times its pixels, leaves most maps empty); the regressor has one convolution instead of three.
     """
 
     ce_weight: float = 1.0
     weight: float = 1000.0
     area_weight: float = 1.0
     areas: int = 8
+    kinds: int = 100
     hint_stage: int = 2
     policy_epochs: float = 50.0
 
     def __post_init__(self):
-        above_zero(areas=self.areas, hint_stage=self.hint_stage)
+        above_zero(areas=self.areas, kinds=self.kinds, hint_stage=self.hint_stage)
         super().__post_init__()
 
     @nn.compact
@@ -165,7 +169,7 @@ class SoKD(nn.Module):
                 kept.value = jax.lax.stop_gradient(policy[-1])
         strengths = draw_strengths(self.make_rng("distiller"), *policy, t.shape[0])
         t = augment(self.make_rng("distiller"), t, strengths)
-        heads = [Head(2, name=name) for name in ("heat", "size", "offset")]
+        heads = [Head(self.kinds if name == "heat" else 2, name=name) for name in ("heat", "size", "offset")]
         both = []
         for x in (s, t):
             heat, size, offset = (head(x) for head in heads)

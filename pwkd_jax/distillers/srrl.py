@@ -21,22 +21,30 @@ def srrl_losses(guess: jax.Array, pooled: jax.Array, kernel: jax.Array) -> tuple
 
 
 class SRRL(nn.Module):
-    """`srrl_losses` of what a trained layer makes of the student's pooled features, seen by the teacher's classifier.
+    """`srrl_losses` of what a trained layer makes of the student's features, seen by the teacher's classifier.
 
-    The layer is linear, batch norm, ReLU. regression_weight: of the second loss beside the first. The defaults are
-    those of the SimKD benchmark for every CIFAR pair, which adds KD at weight 1 (`kd+srrl`).
+    The layer is linear, batch norm, ReLU. regression_weight: of the second loss beside the first. on_map: the layer works at
+    each pixel of the student's `final` map and what it makes is pooled, as the authors have it on ImageNet; else it works on
+    the pooled features. The defaults are those of the SimKD benchmark for every CIFAR pair, which adds KD at weight 1
+    (`kd+srrl`).
     """
 
     ce_weight: float = 1.0
     weight: float = 1.0
     regression_weight: float = 1.0
+    on_map: bool = False
 
     @nn.compact
     def __call__(self, student, teacher, batch, progress):
         need("SRRL", student, teacher, "pooled")
+        if self.on_map:
+            need("SRRL with on_map", student, student, "final")
         target = wide(teacher.pooled)
         kernel, _ = teacher_head("SRRL", teacher, target.shape[-1], "its pooled vector")
-        guess = nn.Dense(target.shape[-1], use_bias=False, kernel_init=uniform, name="linear")(wide(student.pooled))
-        guess = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5, name="norm")(guess)
-        feature, regression = srrl_losses(nn.relu(guess), target, kernel)
+        source = wide(student.final if self.on_map else student.pooled)
+        guess = nn.Dense(target.shape[-1], use_bias=False, kernel_init=uniform, name="linear")(source)
+        guess = nn.relu(nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5, name="norm")(guess))
+        if self.on_map:
+            guess = jnp.mean(guess, axis=(1, 2))
+        feature, regression = srrl_losses(guess, target, kernel)
         return feature + self.regression_weight * regression, {"feature": feature, "regression": regression}
