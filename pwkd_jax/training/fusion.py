@@ -73,8 +73,8 @@ class Fusion:
     def __call__(
         self, params: dict, statistics: dict, index, out: Outputs, everyone: tuple, labels: jax.Array, epoch: jax.Array
     ) -> tuple[jax.Array, dict, dict[str, jax.Array]]:
-        """(loss, statistics, metrics) of student `index`, an int or an array. everyone: what `said` gives of all [students, ...];
-        nothing flows back into it. labels: [B], or soft [B, classes].
+        """(loss, statistics, metrics) of student `index`, an int or an array. everyone: what `said` gives, of all [students,
+        ...]; no gradient flows back into it. labels: [B], or soft [B, classes].
 
         The loss has the value of what the student hears, and also the gradient of what its modules learn by.
         """
@@ -166,7 +166,8 @@ def imitation(made, own) -> jax.Array:
 def turned(taught: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of a map [B, H, W, C] (its attention at length 1 turned around [B, H * W], that attention, its length [B, 1]).
 
-    Where a pixel has more than the third that has least, it gets the length less its own; where it has less, its own.
+    Where a pixel has more than the third that has least, it gets the length less its own; where it has less, its own. The
+    length is that before the attention was brought to 1, as the authors have it.
     """
     seen = attention(taught)
     length = jnp.sqrt(jnp.sum(seen * seen, axis=-1, keepdims=True))
