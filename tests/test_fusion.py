@@ -20,7 +20,7 @@ from test_together import state
 from pwkd_jax import config, models, train
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition, programs
-from pwkd_jax.training import fusion
+from pwkd_jax.training import fusion, student
 from pwkd_jax.training.fusion import Fusion
 
 FUSION = [*TINY, "--config.seeds=3", "--config.student.batches=shared", "--config.log.tensorboard=false",
@@ -227,9 +227,9 @@ def test_a_step_is_that_of_one_loss_of_all(stepped):
         return ((unit(x) - unit(y)) ** 2).mean()
 
     def total(params):
-        student, online = member(params["student"]), member(params["online"])
+        pupils, online = member(params["student"]), member(params["online"])
         kept, own = member(before.collections["batch_stats"]), member(before.collections["online"])
-        outs = [models.apply(experiment.student, {"params": student[i], "batch_stats": kept[i]}, images, train=True)[0]
+        outs = [models.apply(experiment.student, {"params": pupils[i], "batch_stats": kept[i]}, images, train=True)[0]
                 for i in range(3)]  # fmt: skip
         modules = fusion._modules(outs[0], 2)
 
@@ -278,6 +278,19 @@ def test_other_ways_step_alike(how, stepped):
     close(then.params, after.params, 1e-5)
     close(then.collections, after.collections, 1e-5)
     close(said, found, 1e-3)
+
+
+def test_new_weights_have_new_modules(stepped):
+    _, create, _, after, _ = stepped
+
+    def fresh():
+        return create(np.arange(3, dtype=np.uint32), None)
+
+    for reset, same in ((["weights"], fresh()), (["batch_norm", "momentum"], after)):
+        entered = student.enter_stage(after, fresh, lambda params: after.opt_state, reset, "reinit")
+        for part in ("params", "collections"):
+            assert identical(*(jax.tree.map(np.asarray, getattr(s, part)["online"]) for s in (entered, same)))
+    assert not identical(after.params["online"], jax.tree.map(np.asarray, fresh().params["online"]))
 
 
 @pytest.fixture(scope="module")
