@@ -231,7 +231,7 @@ def test_a_step_is_that_of_one_loss_of_all(stepped):
         kept, own = member(before.collections["batch_stats"]), member(before.collections["online"])
         outs = [models.apply(experiment.student, {"params": pupils[i], "batch_stats": kept[i]}, images, train=True)[0]
                 for i in range(3)]  # fmt: skip
-        modules = fusion._modules(outs[0], 2)
+        modules = fusion.modules_of(outs[0], 2)
 
         def run(name, i, x, train):
             variables = {"params": online[i][name], "batch_stats": own[i][name]}

@@ -55,7 +55,7 @@ class Fusion:
         last, common = out.stages[-1].shape[1:], self.students - 1
         inputs = {"fuse": (*last[:2], common * last[2]), "unfuse": last, "back": last}
         made = {}
-        for i, (name, module) in enumerate(_modules(out, common).items()):
+        for i, (name, module) in enumerate(modules_of(out, common).items()):
             made[name] = module.init(jax.random.fold_in(key, i), jnp.zeros((1, *inputs[name])), False)
         return tuple({name: dict(tree.get(kind, {})) for name, tree in made.items()} for kind in ("params", "batch_stats"))
 
@@ -80,7 +80,7 @@ class Fusion:
         """
         logits, maps = (x[:-1] for x in jax.lax.stop_gradient(everyone))
         own, maps = tuple(wide(x) for x in out.stages), wide(maps)
-        modules, scale = _modules(out, len(maps)), self.scale(epoch)
+        modules, scale = modules_of(out, len(maps)), self.scale(epoch)
 
         def run(name: str, x: jax.Array, train: bool):
             with convolution.products():
@@ -130,7 +130,7 @@ class Fusion:
         return sum(heard) + (learnt - jax.lax.stop_gradient(learnt)), kept, values
 
 
-def _modules(out: Outputs, common: int) -> dict:
+def modules_of(out: Outputs, common: int) -> dict:
     """The modules of a student whose outputs are like these, with so many common students."""
     features = out.stages[-1].shape[-1]
     back = Back(tuple(x.shape[1:] for x in out.stages[:-1]))
