@@ -134,7 +134,7 @@ def make_step(
                 labels, epoch = batch.get("target", batch["label"]), state.step * (len(batch["label"]) / images)
                 return fusion(params["online"], collections["online"], index, out, everyone, labels, epoch)
 
-            def loss_fn(index, params, collections, keys, rows):
+            def loss_fn(params, collections, keys, rows, index=0):
                 taught = look(rows["teacher"]) if whole is None else whole
                 batch = {name: value for name, value in (rest | rows).items() if name != "teacher"}
                 out, kept = forward(params, collections, keys, batch["image"])
@@ -149,11 +149,11 @@ def make_step(
                 )
                 return loss + more, (_collections(kept, known, online), {**seen, **values, **heard})
 
+            gradient = accumulation.accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
+
             def learn(state: State, index=0):
-                own_loss = functools.partial(loss_fn, index)
-                gradient = accumulation.accumulate(jax.value_and_grad(own_loss, has_aux=True), accumulate)
-                keys = rng(state, 3), rng(state, 4)
-                (loss, (collections, values)), grads = gradient(state.params, state.collections, keys, rows)
+                keys, who = (rng(state, 3), rng(state, 4)), (index,) if fusion else ()
+                (loss, (collections, values)), grads = gradient(state.params, state.collections, keys, rows, *who)
                 before = state.params
                 state, used = apply_gradients(state, grads, collections, tx, schedule)
                 if distillation is not None or fusion:
