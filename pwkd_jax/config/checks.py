@@ -159,6 +159,17 @@ def check(config: ConfigDict) -> None:
     need("student.mutual", not s.mutual or (s.accumulate == 1 and c.non_finite == "stop" and not c.evaluation.patience),
          "0 where student.accumulate, non_finite or evaluation.patience let each student go its own way")  # fmt: skip
     need("student.mutual_temperature", s.mutual_temperature > 0, "above 0")
+    one_of("student.online", ("", "fusion"))
+    need("student.online", not s.online or c.seeds not in (1, 2),
+         "'' with fewer than three seeds: the leader has at least two to follow")  # fmt: skip
+    need("student.online", not s.online or not s.mutual, "'' where student.mutual is above 0, which is a part of it")
+    need("student.online", not s.online or (s.batches == "shared" and s.together != "none"),
+         "'' unless student.batches is 'shared', and student.together not 'none': they learn in one program")  # fmt: skip
+    need("student.online", not s.online or (s.accumulate == 1 and c.non_finite == "stop" and not c.evaluation.patience),
+         "'' where student.accumulate, non_finite or evaluation.patience let each student go its own way")  # fmt: skip
+    need("student.fusion.temperature", s.fusion.temperature > 0, "above 0")
+    for key in ("diversity", "fused", "self_distillation", "warmup"):
+        need(f"student.fusion.{key}", s.fusion[key] >= 0, "0 or more")
     one_of("student.schedule.cycles", ("per_stage", "single"))
     one_of("student.schedule.single_form", ("", *schedules.CYCLES))
     need("student.reset", set(s.reset) <= {"momentum", "batch_norm", "weights"}, "from momentum, batch_norm, weights")

@@ -151,6 +151,7 @@ def default() -> ConfigDict:
         "batches": "own",  # every seed its own order and augmentation; shared: those of the first seed, so that all can train
         "mutual": 0.0,  # weight of what an arm's students, with shared batches, learn from each other; 0: nothing
         "mutual_temperature": 1.0,  # of both sides of that
+        "online": "",  # fusion: the last of an arm's students is led by the fused maps of the others, see training/fusion.py
         "together": "auto",  # with shared batches, in one program: auto, unroll, scan, vmap, devices (one each) or none
         "sharding": "replicated",  # as the teacher's
         "teacher_sharding": "replicated",  # of the frozen sub-network that teaches
@@ -158,6 +159,13 @@ def default() -> ConfigDict:
         "teacher_folded": False,  # its batch norm folded into its convolutions
     })  # fmt: skip
     config.student.mix = _mixing()  # seen by student and teacher alike, unless same_crop is false
+    config.student.fusion = ConfigDict({
+        "temperature": 2.0,  # of all divergences
+        "diversity": 1e-5,  # weight of what a student hears of the maps of the one before it
+        "fused": 10.0,  # weight of the maps that the leader hears
+        "self_distillation": 1000.0,  # weight of the loss of the modules that lead from a last map to those before it
+        "warmup": 5,  # epochs over which these three weights rise
+    })  # fmt: skip
     config.student.distiller = ConfigDict({"name": "kd", **distillers.fields("kd")})
     config.student.optimizer = optimizer()
     config.student.optimizer.dot = 0.0  # sgd: by so much more momentum for what the teacher says, less for labels (DOT); 0: off

@@ -18,7 +18,7 @@ from pwkd_jax.experiment.fellow_teachers import Fellows
 from pwkd_jax.experiment.naming import naming
 from pwkd_jax.models import contract, precision, sight
 from pwkd_jax.reporting.environment import versions
-from pwkd_jax.training import dispatch, layer_decay, loop, optimizers, record, schedules, sharding, students_together
+from pwkd_jax.training import dispatch, fusion, layer_decay, loop, optimizers, record, schedules, sharding, students_together
 from pwkd_jax.training.evaluation import Evaluator
 from pwkd_jax.training.task import Task
 
@@ -332,6 +332,8 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh, dataset: data.Dataset) ->
              "student": starting.fixed(c, facts, "student", pupil)}  # fmt: skip
     experiment = Experiment(config, task, facts, nets, pupil, start, dataset, fellows, fixed)
     experiment.several(c.seeds)
+    if c.student.online:
+        fusion.check(pupil, shape)
     # A schedule that cannot be is a mistake before anything is compiled or written, like a network that does not fit.
     total = schedules.steps(c.teacher.duration, "teacher.duration", batch_size=c.teacher.batch_size, images=len(dataset.train))
     experiment.schedule("teacher", [(0, total)])

@@ -15,6 +15,7 @@ from pwkd_jax import distillers, models, slimmable, stages
 from pwkd_jax.experiment.definition import Experiment, wants_labels
 from pwkd_jax.models import precision
 from pwkd_jax.training import dispatch, distil, schedules, sharding, student, students_together, teacher
+from pwkd_jax.training.fusion import Fusion
 from pwkd_jax.training.mutual import Mutual
 
 
@@ -53,6 +54,7 @@ def student_steps(
         start=experiment.start.get("student"), skip=experiment.skips,
         mix=experiment.mix("student"), accumulate=c.accumulate, ema=c.ema,
         fixed=experiment.fixed["student"], mutual=Mutual(c.mutual, c.mutual_temperature) if c.mutual else None,
+        fusion=Fusion(several.count, **c.fusion) if c.online and several else None,
     )  # fmt: skip
 
 

@@ -85,9 +85,10 @@ def students(
     own = {"arm": arm, "plan": [stage._asdict() for stage in plan]}
     found = {seed: results.result(directory / f"seed{seed}", summary.STUDENT, seed=seed, **own) for seed in seeds}
     pending = [seed for seed in seeds if found[seed] is None]
-    if experiment.config.student.mutual and 0 < len(pending) < len(seeds):
+    online = "student.online" if experiment.config.student.online else "student.mutual"
+    if experiment.config.student[online.removeprefix("student.")] and 0 < len(pending) < len(seeds):
         raise UserError(
-            f"seeds: of {arm} {len(seeds) - len(pending)} of {len(seeds)} students are finished, and those of student.mutual "
+            f"seeds: of {arm} {len(seeds) - len(pending)} of {len(seeds)} students are finished, and those of {online} "
             "learn from each other from their first step on; begin a new workdir"
         )
     several = experiment.several(len(pending))

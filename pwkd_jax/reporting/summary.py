@@ -273,11 +273,18 @@ def learnt_nothing(teachers: dict, arms: dict, data: dict) -> list[str]:
 
 
 def coupled(config: dict) -> list[str]:
-    """A sentence where the students of an arm learnt from each other."""
-    if not config.get("student", {}).get("mutual"):
+    """A sentence where the students of an arm learnt from each other, and one that names their leader, if they had one."""
+    student = config.get("student", {})
+    key = next((key for key in ("mutual", "online") if student.get(key)), None)
+    if key is None:
         return []
-    return ["The students of an arm learnt from each other (student.mutual): their deviation and its intervals are of one "
+    said = [f"The students of an arm learnt from each other (student.{key}): their deviation and its intervals are of one "
             "group of students, not of as many independent ones."]  # fmt: skip
+    if key == "online":
+        leader = config["seed"] + config["seeds"] - 1
+        said.append(f"Seed {leader} is the leader of each arm, taught by the others' fused maps: its result is the method's, "
+                    "and means are over leader and others alike.")  # fmt: skip
+    return said
 
 
 def _plain(value: Any) -> Any:

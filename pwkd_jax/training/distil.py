@@ -30,6 +30,7 @@ from pwkd_jax.training import (
     students_together,
 )
 from pwkd_jax.training import student as students
+from pwkd_jax.training.fusion import Fusion
 from pwkd_jax.training.mutual import Mutual
 from pwkd_jax.training.non_finite import skipping
 from pwkd_jax.training.outcome import Student, judged, judged_as_trained
@@ -84,6 +85,7 @@ def programs(
     ema: float = 0.0,
     fixed: Sequence[str] = (),
     mutual: Mutual | None = None,
+    fusion: Fusion | None = None,
 ) -> tuple[Callable, dict[tuple[float, ...], Callable]]:
     """(creator of the first state from (seed, variables to start from or None), {widths: compiled step(state, batch, teacher)})
     for all seeds and stages of a plan. members: {width: model} of the teacher. The rest as `student.make_step` has it; several:
@@ -91,7 +93,7 @@ def programs(
     `averaging`, 0 is off."""
 
     def make(seed, given):
-        made = students.init(student, task.image_shape, distillation, rule.direction, seed, given)
+        made = students.init(student, task.image_shape, distillation, rule.direction, seed, given, fusion)
         return made.replace(average=averaging.begin(made.params, made.collections)) if ema else made
 
     if several:
@@ -105,7 +107,7 @@ def programs(
         step = students.make_step(
             student, members, widths, distillation, plan, *rule, task.preprocess, images=len(task.train), same_crop=same_crop,
             data_seed=data_seed, several=several, own=metrics, mix=mix, accumulate=accumulate,
-            fixed=fixed, mutual=mutual,
+            fixed=fixed, mutual=mutual, fusion=fusion,
         )  # fmt: skip
         step = averaging.averaging(step, ema) if ema else step
         step = skipping(step) if skip else step

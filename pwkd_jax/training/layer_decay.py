@@ -40,12 +40,13 @@ def layers(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, int]:
 
 
 def scales(params: Any, layers: dict[str, int], decay: float) -> Any:
-    """A float for every array of a state's parameters: decay ** (layers between its own and the last); 1 for a distiller's."""
+    """A float for every array of a state's parameters: decay ** (layers between its own and the last); 1 for what is not
+    the network's."""
     last = max(layers.values())
 
     def one(path, _) -> float:
         keys = [entry.key for entry in path]
-        part = None if keys[0] == "distiller" else next((key for key in keys if key in layers), None)
+        part = None if keys[0] in ("distiller", "online") else next((key for key in keys if key in layers), None)
         return 1.0 if part is None else decay ** (last - layers[part])
 
     return jax.tree_util.tree_map_with_path(one, params)

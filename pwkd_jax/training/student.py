@@ -15,29 +15,37 @@ from pwkd_jax.data import Mixing
 from pwkd_jax.distillers import Distillation, Progress
 from pwkd_jax.stages import Stage, place
 from pwkd_jax.training import accumulation, averaging, dot, freezing, metrics
+from pwkd_jax.training.fusion import Fusion
 from pwkd_jax.training.mutual import Mutual
 from pwkd_jax.training.state import State, apply_gradients, create, rng
 from pwkd_jax.training.students_together import Several
 
 
 def init(
-    model: nn.Module, image_shape, distillation: Distillation | None, tx, seed: int, start: dict | None = None
-) -> State:
+    model: nn.Module, image_shape, distillation: Distillation | None, tx, seed: int, start: dict | None = None,
+    fusion: Fusion | None = None,
+) -> State:  # fmt: skip
     """A fresh student; the same seed gives the same weights in every arm. start: variables in place of fresh ones."""
     key = jax.random.key(seed)
     variables = start or model.init(jax.random.fold_in(key, 0), jnp.zeros((1, *image_shape)), train=False)
     params, state = distillation.init(jax.random.fold_in(key, 1)) if distillation else ({}, {})
     # A method may begin its state as its parameters; the step is given both to overwrite, so they may not share memory.
     state = jax.tree.map(jnp.copy, state)
-    kept = _collections({"batch_stats": {}} | {k: v for k, v in variables.items() if k != "params"}, state)
-    return create(seed, {"student": variables["params"], "distiller": params}, kept, tx)
+    modules, statistics = {}, {}
+    if fusion:
+        images = jnp.zeros((1, *image_shape))
+        like = jax.eval_shape(lambda v: models.apply(model, v, images, train=False)[0], variables)
+        made, statistics = fusion.init(jax.random.fold_in(key, 2), like)
+        modules = {"online": made}
+    kept = _collections({"batch_stats": {}} | {k: v for k, v in variables.items() if k != "params"}, state, statistics)
+    return create(seed, {"student": variables["params"], "distiller": params} | modules, kept, tx)
 
 
-def _collections(kept: dict, distiller: dict) -> dict:
-    """A state's collections, of a student's {"batch_stats", its own} and its distiller's state. A student without collections
-    of its own has no place for them, so that its checkpoints are what they always were."""
-    own = models.collections(kept)
-    return {"batch_stats": kept["batch_stats"], "distiller": distiller} | ({"own": own} if own else {})
+def _collections(kept: dict, distiller: dict, online: dict) -> dict:
+    """A state's collections, of a student's {"batch_stats", its own}, its distiller's state and the statistics of its modules
+    of `fusion`. What there is none of has no place, so that checkpoints are what they always were."""
+    more = {"own": models.collections(kept), "online": online}
+    return {"batch_stats": kept["batch_stats"], "distiller": distiller} | {name: tree for name, tree in more.items() if tree}
 
 
 def read(params: dict, collections: dict) -> dict:
@@ -69,6 +77,7 @@ def make_step(
     accumulate: int = 1,
     fixed: Sequence[str] = (),
     mutual: Mutual | None = None,
+    fusion: Fusion | None = None,
 ) -> Callable:
     """step(state, batch, teacher) -> (state, metrics) for the stages that `widths` teach; no widths is no teacher.
 
@@ -78,7 +87,8 @@ def make_step(
     of the state's own. several: the state is that of several students, see `students_together`. own(outputs, labels) -> {name:
     per-image values [B]}: metrics besides ours. mix: what becomes of images and labels; the teacher sees the same ones, unless
     it has crops of its own. accumulate: parts of a batch, see `accumulation`; the teacher sees one at a time too.
-    fixed: parts of the student that stay as they are, see `freezing`. mutual: what several students learn from each other.
+    fixed: parts of the student that stay as they are, see `freezing`. mutual, fusion: what several students learn from each
+    other; at most one of these.
     """
     locate = place(plan)
 
@@ -108,39 +118,48 @@ def make_step(
                 with freezing.as_predicting(fixed):
                     return models.forward(model, read(own_params, collections), images, train=True, key=key)
 
-            def said(state: State):
-                return forward(state.params, state.collections, (rng(state, 3), rng(state, 4)), inputs)[0].logits
+            def said(state: State, _):
+                out = forward(state.params, state.collections, (rng(state, 3), rng(state, 4)), inputs)[0]
+                return fusion.said(out) if fusion else out.logits
 
             # The same computation as in each student's loss, which the compiler makes once.
-            everyone = several.everyone(said, state) if mutual else None
+            everyone = several.everyone(said, state) if mutual or fusion else None
 
-            def loss_fn(params, collections, keys, rows):
+            def from_others(index, params, collections, out, batch):
+                """(loss, statistics of the student's modules, metrics)."""
+                if mutual:
+                    return (off := mutual(out.logits, everyone)), {}, {"mutual": off}
+                if not fusion:
+                    return 0, {}, {}
+                labels, epoch = batch.get("target", batch["label"]), state.step * (len(batch["label"]) / images)
+                return fusion(params["online"], collections["online"], index, out, everyone, labels, epoch)
+
+            def loss_fn(params, collections, keys, rows, index=0):
                 taught = look(rows["teacher"]) if whole is None else whole
                 batch = {name: value for name, value in (rest | rows).items() if name != "teacher"}
                 out, kept = forward(params, collections, keys, batch["image"])
                 seen = {"train_top1": metrics.top1(out.logits, batch["label"])} | (own(out, batch["label"]) if own else {})
-                from_others = {"mutual": mutual(out.logits, everyone)} if mutual else {}
-                more = sum(from_others.values())
+                more, online, heard = from_others(index, params, collections, out, batch)
                 if width is None:
                     loss = jnp.mean(slimmable.cross_entropy(out.logits, batch.get("target", batch["label"])))
-                    values = {**seen, "cross_entropy": loss, **from_others}
-                    return loss + more, (_collections(kept, collections["distiller"]), values)
+                    values = {**seen, "cross_entropy": loss, **heard}
+                    return loss + more, (_collections(kept, collections["distiller"], online), values)
                 loss, known, values = distillation(
                     params["distiller"], collections["distiller"], width, out, taught, batch, progress, keys[0]
                 )
-                return loss + more, (_collections(kept, known), {**seen, **values, **from_others})
+                return loss + more, (_collections(kept, known, online), {**seen, **values, **heard})
 
             apart = isinstance(tx, dot.Apart) and width is not None
             weight = getattr(distillation.distiller, "ce_weight", 1.0) if apart else 0.0
             by_part = dot.gradient(loss_fn, lambda aux: weight * aux[1]["cross_entropy"]) if apart else None
             gradient = by_part or accumulation.accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
 
-            def learn(state: State):
-                keys = rng(state, 3), rng(state, 4)
-                (loss, (collections, values)), grads = gradient(state.params, state.collections, keys, rows)
+            def learn(state: State, index=0):
+                keys, who = (rng(state, 3), rng(state, 4)), (index,) if fusion else ()
+                (loss, (collections, values)), grads = gradient(state.params, state.collections, keys, rows, *who)
                 before = state.params
                 state, used = apply_gradients(state, grads, collections, tx, schedule)
-                if distillation is not None:
+                if distillation is not None or fusion:
                     grads = jax.tree.map(jnp.add, *grads) if apart else grads
                     state = state.replace(params=_hold(before, state.params, grads))
                 if fixed:
@@ -188,12 +207,12 @@ def _hold(before: dict, after: dict, grads: dict) -> dict:
     """Parameters `after` a step, those that it gave no gradient as they were `before`.
 
     Weight decay would otherwise shrink what waits: connectors outside a narrow stage's leading block, entry by entry, and
-    whole arrays of the student that a distiller's initial phase, or a method without cross entropy, does not train.
-    PyTorch leaves such parameters alone too.
+    whole arrays of the student that a distiller's initial phase, or a method without cross entropy, does not train, and of the
+    modules of `fusion` that are another student's. PyTorch leaves such parameters alone too.
     """
     waiting = {
-        "student": jax.tree.map(lambda g: jnp.all(g == 0), grads["student"]),
-        "distiller": jax.tree.map(lambda g: g == 0, grads["distiller"]),
+        part: jax.tree.map(lambda g, each=part == "distiller": g == 0 if each else jnp.all(g == 0), tree)
+        for part, tree in grads.items()
     }
     return jax.tree.map(lambda wait, old, new: jnp.where(wait, old, new), waiting, before, after)
 
@@ -203,15 +222,16 @@ def enter_stage(
 ) -> State:
     """The state with which a stage after the first begins; step and seed always carry over.
 
-    reset: any of `momentum`, `batch_norm` (the student's statistics), `weights` (and what the student keeps beside them); the
-    rest carries over. connectors: `leading` keeps the distiller's parameters, `reinit` starts them and its state anew. fresh:
-    gives the initial state; init: the optimiser's, of parameters.
+    reset: any of `momentum`, `batch_norm` (the student's statistics), `weights` (and what the student keeps beside them, its
+    modules of `fusion` too); the rest carries over. connectors: `leading` keeps the distiller's parameters, `reinit` starts
+    them and its state anew. fresh: gives the initial state; init: the optimiser's, of parameters.
     Doing it twice is doing it once, so a run killed at a stage's first step resumes to the same bits.
     """
     params, collections = dict(state.params), dict(state.collections)
     if "weights" in reset:
-        params["student"] = fresh().params["student"]
-        collections |= {"own": fresh().collections["own"]} if "own" in collections else {}
+        begun = fresh()
+        params |= {part: begun.params[part] for part in ("student", "online") if part in params}
+        collections |= {part: begun.collections[part] for part in ("own", "online") if part in collections}
     if "batch_norm" in reset or "weights" in reset:
         collections["batch_stats"] = fresh().collections["batch_stats"]
     if connectors == "reinit":

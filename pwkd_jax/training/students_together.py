@@ -47,24 +47,29 @@ class Several:
     mesh: Mesh | None = None
 
     def each(self, learn: Callable) -> Callable:
-        """learn(state) -> (state, values) of one student, as a function of the stacked state: values [students, ...]."""
+        """learn(state, index) -> (state, values) of one student, as a function of the stacked state: values [students, ...].
+
+        index: which student it is, an int where each has its own code."""
 
         def unrolled(state: State):
-            parts = [learn(member(state, i)) for i in range(len(state.seed))]
+            # On devices of their own, all run the same code.
+            at = jax.lax.axis_index("seed") if self.how == "devices" else None
+            parts = [learn(member(state, i), i if at is None else at + i) for i in range(len(state.seed))]
             states, values = jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
             return states.replace(step=parts[0][0].step), values
 
         def scanned(state: State):
-            states, values = jax.lax.map(learn, state.replace(step=jnp.broadcast_to(state.step, state.seed.shape)))
+            each = state.replace(step=jnp.broadcast_to(state.step, state.seed.shape))
+            states, values = jax.lax.map(lambda own: learn(*own), (each, jnp.arange(len(state.seed))))
             return states.replace(step=states.step[0]), values
 
         if self.how == "vmap":
-            return jax.vmap(learn, in_axes=(AXES,), out_axes=(AXES, 0))
+            return lambda state: jax.vmap(learn, (AXES, 0), (AXES, 0))(state, jnp.arange(len(state.seed)))
         return scanned if self.how == "scan" else unrolled
 
     def everyone(self, look: Callable, state: State):
-        """look(state) of every student [students, ...], whichever of them are on this device."""
-        found = self.each(lambda one: (one, look(one)))(state)[1]
+        """look(state, index) of every student [students, ...], whichever of them are on this device."""
+        found = self.each(lambda one, index: (one, look(one, index)))(state)[1]
         return jax.lax.all_gather(found, "seed", tiled=True) if self.how == "devices" else found
 
     def spread(self, train: Callable) -> Callable:
