@@ -131,7 +131,9 @@ PATCHES = {
 
 def build(setting: dict, dtype):
     """(distiller, student, teacher, batch, its own weights as shapes, the rest of its state) of a setting."""
-    made = distillers.create(setting["method"], **setting["options"])
+    # JSON has no tuples.
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in setting["options"].items()}
+    made = distillers.create(setting["method"], **options)
     student, teacher = inputs.leaves(setting["seed"], setting["shapes"])
     s, t = ({k: jnp.asarray(v, dtype) for k, v in a.items()} for a in (student, teacher))
     batch = {k: jnp.asarray(v, None if v.dtype == np.int32 else dtype) for k, v in inputs.batch().items()}

@@ -242,7 +242,7 @@ CASES = [
          weights=PROJECTION, total=True,
          differs="where the counts differ theirs is Householder's map, another one onto the same projections; its signs are a "
                  "diagonal of -1 that the optimiser of train.py decays and PyTorch cuts to whole numbers: after one step the "
-                 "projection is 0 and the term teaches nothing more; ours is the exponential for all shapes, as in the next two"),
+                 "projection is 0 and the term teaches nothing more; ours is the exponential for every shape: next two"),
     Case("vkd", (VKD, "engine.py"), vkd, ("logits", "pooled"), "a smaller student, by PyTorch's exponential map",
          build=vkd_build("matrix_exp"), weights=PROJECTION, total=True),
     Case("vkd", (VKD, "engine.py"), vkd, ("logits", "pooled"), "a larger student, by PyTorch's exponential map",
