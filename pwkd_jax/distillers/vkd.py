@@ -45,8 +45,9 @@ class VkD(nn.Module):
     The projection keeps all angles and lengths, so that only the student itself can learn. It is made at the width that
     teaches, from a leading block of what trains, and so is orthogonal at every one. Beside full cross entropy at weight 1, the
     authors' for RegNetY to DeiT on ImageNet, who add KD at T = 1 by a distillation token (`kd+vkd`). They give no CIFAR
-    setting. Their code's map is exp for equal sides and Householder's for others; and their whitening, for generating
-    images, needs more images than features and is left out.
+    setting. Their code's map is exp for equal sides and Householder's for others, whose signs their weight decay puts to 0 in
+    one step, and with them the projection; decay takes this one no further than to the identity. Their whitening, for
+    generating images, needs more images than features and is left out.
     """
 
     ce_weight: float = 1.0

@@ -30,13 +30,16 @@ ABOUT = (
 
 
 def cases(only: list[str]) -> list[compare.Case]:
+    import diffkd_cases
     import feature_cases
     import logit_cases
     import module_cases
+    import recent_cases
     import relation_cases
     import sokd_cases
 
-    found = [c for m in (logit_cases, relation_cases, feature_cases, module_cases, sokd_cases) for c in m.CASES]
+    modules = (logit_cases, relation_cases, feature_cases, module_cases, sokd_cases, recent_cases, diffkd_cases)
+    found = [c for m in modules for c in m.CASES]
     return [c for c in found if not only or c.method in only]
 
 

@@ -15,6 +15,8 @@ SRD_FILE, TD_FILE = "imagenet/torchdistill/losses/single.py", "torchdistill/loss
 MGD_FILE = "cls/configs/distillers/mgd/res34_distill_res18_img.py"
 NKD_FILE, DIST = "configs/distillers/imagenet/res34_distill_res18_img.py", "hunto/image_classification_sota"
 DIST_FILE = "configs/strategies/distill/dist_cifar.yaml"
+SDD, WKD, NORM = "shicaiwei123/SDD-CVPR2024", "JiamingLv/WKD", "OSVAI/NORM"
+WKD_FILES, DIFF = "configs/cifar100/wkd_{}/res32x4_res8x4.yaml", "configs/strategies/distill/diffkd/diffkd_b1.yaml"
 
 
 def flag(method: str, letter: str) -> str:
@@ -23,6 +25,12 @@ def flag(method: str, letter: str) -> str:
 
 def config(key: str) -> str:
     return rf"CFG\.{re.escape(key)} = ([\d.]+)"
+
+
+def wkd(letter: str, fields: dict[str, str]) -> list[tuple]:
+    """Of either WKD: our fields and their keys, with what the two have in common."""
+    fields |= {"ce_weight": "CE_WEIGHT", "fade_start": "COSINE_DECAY_EPOCH", "fade_end": "EPOCHS"}
+    return [(ours, WKD, WKD_FILES.format(letter), rf"\b{theirs}: ([\d.]+)") for ours, theirs in fields.items()]
 
 
 def argument(name: str) -> str:
@@ -92,6 +100,25 @@ DEFAULTS = {
     "sokd": [("weight", COPY, COPY_FILE, r"AUG_FEAT_WEIGHT: ([\d.]+)"), ("areas", COPY, COPY_FILE, r"AREA_NUM: (\d+)"),
              ("hint_stage", COPY, COPY_FILE, r"HINT_LAYER: (\d+)"), ("policy_epochs", COPY, COPY_FILE, r"SERACH_EPOCH: (\d+)"),
              ("kinds", COPY, "mdistiller/distillers/DFKD.py", r"AreaDetection\([^\n]*, (\d+)\)")],
+    "sdd": [("ce_weight", SDD, CFG, config("KD.LOSS.CE_WEIGHT")), ("weight", SDD, CFG, config("KD.LOSS.KD_WEIGHT")),
+            ("temperature", SDD, CFG, config("KD.TEMPERATURE")),
+            ("complementary", SDD, "mdistiller/distillers/KD.py", r"index\[gw_lt\] = ([\d.]+)"),
+            ("scales", SDD, "teacher_resnet32x4.sh", r"sdd_kd/res32x4_res8x4.yaml --gpu 1 --M \[1,(\d)\]")],
+    "sdd_dkd": [("ce_weight", SDD, CFG, config("DKD.CE_WEIGHT")), ("alpha", SDD, CFG, config("DKD.ALPHA")),
+                ("beta", SDD, CFG, config("DKD.BETA")), ("temperature", SDD, CFG, config("DKD.T")),
+                ("warmup_epochs", SDD, "train_origin.py", r'"--warmup", type=float, default=([\d.]+)'),
+                ("complementary", SDD, "mdistiller/distillers/SDD_DKD.py", r"index\[gw_lt\] = ([\d.]+)")],
+    "wkd_l": wkd("l", {"transport_weight": "WKD_LOGIT_WEIGHT", "temperature": "TEMPERATURE", "regularisation": "LAMBDA",
+                       "iterations": "ITER", "sharpness": "COST_MATRIX_SHARPEN"}),
+    "wkd_f": wkd("f", {"weight": "WKD_FEAT_WEIGHT", "mean_weight": "MEAN_COV_RATIO", "grid": "SPATIAL_GRID"}),
+    "norm": [("label_weight", NORM, "README.md", r"--model_s resnet8x4 -r ([\d.]+)"),
+             ("kd_weight", NORM, "README.md", r"-r 0.1 -a ([\d.]+)"), ("norm_weight", NORM, "README.md", r"-a 0 -b ([\d.]+)"),
+             ("parts", NORM, "README.md", r"-b 1.0 -s (\d+)"), ("scale", NORM, "train_cifar_student.py", argument("ceta")),
+             ("temperature", NORM, "train_cifar_student.py", argument("kd_T"))],
+    "vkd": [("weight", "roymiles/VkD", "main_distributed.py", argument("alpha"))],
+    "diffkd": [("ce_weight", DIST, DIFF, r"ori_loss_weight: ([\d.]+)"), ("weight", DIST, DIFF, r"\nkd_loss_weight: ([\d.]+)"),
+               ("temperature", DIST, DIFF, r"tau: ([\d.]+)"),
+               ("steps", DIST, "lib/models/losses/diffkd/diffkd.py", r"inference_steps=(\d+)")],
 }  # fmt: skip
 
 
@@ -106,6 +133,7 @@ def check(only: list[str]) -> list[dict]:
             found = re.search(expression, (folder(repository) / path).read_text())
             theirs = float(found[1]) if found else None
             source = f"{repository} {path}"
-            rows.append({"method": method, "field": field, "ours": float(ours[field]), "official": theirs, "source": source})
+            own = float(*ours[field]) if isinstance(ours[field], tuple) else float(ours[field])
+            rows.append({"method": method, "field": field, "ours": own, "official": theirs, "source": source})
     return rows
 

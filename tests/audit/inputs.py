@@ -63,6 +63,7 @@ def drawn(path: str, shape: tuple[int, ...]) -> np.ndarray | None:
     rules = {
         "kernel": lambda: n / np.sqrt(np.prod(shape[:-1])), "bias": lambda: 0.3 * n, "scale": lambda: 1 + 0.3 * n,
         "mean": lambda: 0.1 * n, "var": lambda: 1 + 0.1 * np.abs(n),
+        "projection": lambda: n / np.sqrt(shape[0]), "time": lambda: n,
     }  # fmt: skip
     rule = rules.get(path.rpartition("/")[2])
     return rule() if rule else None

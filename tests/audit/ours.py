@@ -6,6 +6,7 @@ differentiated; a function of CALLS in place of the method's own call; and a rep
 """
 
 import contextlib
+import itertools
 from unittest import mock
 
 import inputs
@@ -21,9 +22,24 @@ from pwkd_jax.distillers.sokd import RANGES, Head, area_weights, augment, sokd_l
 SETTING = {"options": {}, "total": False, "epoch": 1000.0, "seed": 0, "shapes": inputs.SHAPES, "call": "", "patch": ""}
 KEPT = np.random.default_rng(9).uniform(size=(inputs.BATCH, 20, 1, 1))  # of MGD: dropped where below its rate
 NEGATIVES, FEATURES = 16, 12
+PARTS = 3  # of NORM
+TIMES = np.random.default_rng(6).integers(0, 1000, inputs.BATCH)  # of DiffKD's noise
 _RNG = np.random.default_rng(5)
 BANKS = _RNG.uniform(-1, 1, (2, inputs.IMAGES, FEATURES)) / np.sqrt(FEATURES / 3)
 OTHERS = _RNG.integers(0, inputs.IMAGES, (inputs.BATCH, NEGATIVES))
+
+
+def noise(turn: int, shape: tuple[int, ...]) -> np.ndarray:
+    """What DiffKD draws in this turn: for the student's map, the teacher's, then for the logits of both; [B, H, W, C]."""
+    return np.random.default_rng(turn % 4).standard_normal(shape)
+
+
+@contextlib.contextmanager
+def given_noise():
+    turn = itertools.count()
+    normal = mock.patch.object(jax.random, "normal", lambda _, shape, dtype: jnp.asarray(noise(next(turn), shape), dtype))
+    with normal, mock.patch.object(jax.random, "randint", lambda *_: jnp.asarray(TIMES)):
+        yield
 
 
 def ft(method: str):
@@ -37,7 +53,7 @@ def ft(method: str):
     return call
 
 
-def simkd_predictions(made, a, t, batch, params):
+def predictions(made, a, t, batch, params):
     logits = made.apply(unflatten_dict(params, sep="/"), inputs.outputs(a), inputs.outputs(t), method="predict")
     return jnp.sum(logits * jnp.linspace(-1, 1, logits.size, dtype=logits.dtype).reshape(logits.shape))
 
@@ -99,14 +115,15 @@ def sokd_operation(name: str, magnitude: float):
 
 
 CALLS = {
-    "ft": ft("__call__"), "ft initial": ft("initial"), "simkd predictions": simkd_predictions, "crd two steps": crd_two_steps,
-    "mlkd levels": mlkd_levels, "mlkd as released": mlkd_as_released, "sokd boxes": sokd_boxes,
+    "ft": ft("__call__"), "ft initial": ft("initial"), "simkd predictions": predictions, "norm predictions": predictions,
+    "crd two steps": crd_two_steps, "mlkd levels": mlkd_levels, "mlkd as released": mlkd_as_released, "sokd boxes": sokd_boxes,
     "sokd head": sokd_head("softplus"), "sokd head relu": sokd_head("relu"),
 }  # fmt: skip
 for _name, _at in (("shear_x", 0.2), ("shear_y", -0.1), ("turn", 20.0), ("move_x", 0.3), ("move_x", 0.06), ("move_y", 0.06)):
     CALLS[f"sokd {_name} {_at:g}"] = sokd_operation(_name, _at)
 PATCHES = {
     "": contextlib.nullcontext,
+    "diffkd": given_noise,
     "mgd": lambda: mock.patch.object(mgd, "drop_channels", lambda _, x, rate: x * (KEPT.transpose(0, 2, 3, 1) >= rate)),
     "crd": lambda: mock.patch.object(crd, "draw_negatives", lambda *_: jnp.asarray(OTHERS)),
 }
@@ -114,7 +131,9 @@ PATCHES = {
 
 def build(setting: dict, dtype):
     """(distiller, student, teacher, batch, its own weights as shapes, the rest of its state) of a setting."""
-    made = distillers.create(setting["method"], **setting["options"])
+    # JSON has no tuples.
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in setting["options"].items()}
+    made = distillers.create(setting["method"], **options)
     student, teacher = inputs.leaves(setting["seed"], setting["shapes"])
     s, t = ({k: jnp.asarray(v, dtype) for k, v in a.items()} for a in (student, teacher))
     batch = {k: jnp.asarray(v, None if v.dtype == np.int32 else dtype) for k, v in inputs.batch().items()}
@@ -137,7 +156,7 @@ def evaluate(setting: dict, params: dict | None, dtype) -> tuple[float, dict, di
             key = jax.random.key(0)
             args = ({"params": key, "distiller": key}, inputs.outputs(s), inputs.outputs(t), batch, progress)
             state = dict(jax.jit(made.init)(*args))
-            own = flatten_dict(state if setting["call"] == "simkd predictions" else state.pop("params", {}), sep="/")
+            own = flatten_dict(state if CALLS.get(setting["call"]) is predictions else state.pop("params", {}), sep="/")
             if params is None:
                 params = {k: v if (w := inputs.drawn(k, v.shape)) is None else w for k, v in own.items()}
             if own.keys() != params.keys():
