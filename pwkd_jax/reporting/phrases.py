@@ -126,8 +126,9 @@ def standard(summary: dict) -> str:
 def setting(summary: dict) -> str:
     """Who was taught what by whom, as one sentence."""
     data, student, teachers = summary["data"], summary["student"], summary["teachers"]
+    article = "An" if student["model"][:1].lower() in "aeio" else "A"
     sentence = (
-        f"A {student['model']} student ({count(student['params'])} parameters, {count(student['macs'])} MACs) on "
+        f"{article} {student['model']} student ({count(student['params'])} parameters, {count(student['macs'])} MACs) on "
         f"{data['name']} ({data['train_images']:,} training and {data['test_images']:,} test images, "
         f"{data['num_classes']} classes, so one test image is {100 / data['test_images']:.2f} points)"
     )
