@@ -154,7 +154,13 @@ def _unknown(key: str, config: ConfigDict) -> str:
     close = difflib.get_close_matches(words[-1], last, 1, 0.7)
     if close:
         return f"there is no key '{key}'; did you mean '{last[close[0]]}'?"
-    return f"there is no key '{key}'; known are {', '.join(inside if group else groups)}"
+    # What is in the innermost group that is there, as in student.distiller; of groups in it the name.
+    outer = key.rpartition(".")[0]
+    while outer and not any(k.startswith(f"{outer}.") for k in inside):
+        outer = outer.rpartition(".")[0]
+    within = [k.removeprefix(f"{outer}.") for k in inside if k.startswith(f"{outer}.")]
+    shown = dict.fromkeys(f"{outer}.{k.partition('.')[0]}" for k in within)
+    return f"there is no key '{key}'; known are {', '.join((shown or inside) if group else groups)}"
 
 
 def _normalise(config: ConfigDict) -> ConfigDict:

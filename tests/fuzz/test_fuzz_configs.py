@@ -81,7 +81,9 @@ for who in ("teacher", "student"):
         f"{who}.mix.balance": ("0", "1", "0.5"), f"{who}.mix.class_weights": ("()",),
         f"{who}.schedule.warmup": ("0 epochs", "1 step", "10 %"),
     }  # fmt: skip
-PLAUSIBLE |= {"student.teacher_sharding": ("replicated", "fsdp"), "student.schedule.peak_decay": ("1.0", "0.5")}
+PLAUSIBLE |= {"student.teacher_sharding": ("replicated", "fsdp"), "student.schedule.peak_decay": ("1.0", "0.5"),
+              "student.online": ("", "fusion"), "student.mutual": ("0", "1"),
+              "student.optimizer.dot": ("0", "0.075")}  # fmt: skip
 
 NUMBERS = ("0", "-1", "1", "2", "3", "0.5", "1e-3", "-0.0", "2147483647", "2147483648", "9223372036854775808", "1e30",
     "1e308", "1e400",
