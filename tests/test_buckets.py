@@ -396,6 +396,7 @@ def pair(workdir: Path, *options: str) -> list[subprocess.Popen]:
     return [start(workdir, 1, *options, address, "--processes=2", f"--process={i}") for i in (0, 1)]
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_a_bucket_as_one_on_a_disk(trained, bucket):
     disk, workdir = trained[0], storage.path("gs://bucket/pair/w")
     found = test_hosts.ends(pair(workdir, "--config.arms=pwkd", "--config.student.reset=momentum"))

@@ -310,6 +310,7 @@ def test_all_learn_staged_or_not_and_the_leader_is_named(learnt):
     assert any(line.startswith("Seed 2 is the leader of each arm") for line in summary["warnings"])
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again_it_ends_the_same(learnt, tmp_path, monkeypatch):
     codes, line = [], [*FUSION, "--config.arms=pwkd", f"--config.teacher.run={learnt}", f"--workdir={tmp_path / 'w'}"]
     while not codes or codes[-1]:

@@ -13,6 +13,8 @@ from pwkd_jax.training import sandwich
 
 RESIDUAL = {"resnet8": (8, 8, 3), "wrn_10_1": (8, 8, 3), "MobileNetV2": (16, 16, 3), "vit_tiny_patch4": (8, 8, 3)}
 OTHERS = {"vgg8": (16, 16, 3), "ShuffleV1": (16, 16, 3), "ShuffleV2": (16, 16, 3), "imagenet_MobileNetV1": (32, 32, 3)}
+# Of every run: one network of convolutions, and one of attention.
+QUICK = ("resnet8", "vit_tiny_patch4")
 
 
 def test_a_branch_is_left_out_of_whole_images_and_its_mean_stays():
@@ -34,7 +36,7 @@ def _outputs(model, variables, shape, train, key=None):
     return models.apply(model, variables, jnp.asarray(x), train=train, key=key)[0]
 
 
-@pytest.mark.parametrize("name", [*RESIDUAL, *OTHERS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in (*RESIDUAL, *OTHERS)])
 def test_training_draws_and_prediction_does_not(name):
     shape = {**RESIDUAL, **OTHERS}[name]
     plain = models.create(name, num_classes=5)

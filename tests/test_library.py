@@ -434,7 +434,8 @@ EXAMPLES = sorted(p.stem for p in (ROOT / "pwkd_jax/examples").glob("own_*.py"))
 
 
 # The loop of one's own is run, and its bits compared, by test_a_loop_of_ones_own_gives_the_commands_bits.
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "own_loop")) for n in EXAMPLES])
+# That of one's own teacher is ten lines of the README with more of them, which test_readme runs.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "own_distiller")) for n in EXAMPLES])
 def test_the_examples_run(name, tmp_path):
     command = [sys.executable, "-m", f"pwkd_jax.examples.{name}"]
     done = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=300)

@@ -56,7 +56,8 @@ def is_sentence(said: str, *phrases: str) -> bool:
 FULL = ("No space left on device", "the same command continues from the last checkpoint once it can")
 
 
-@pytest.mark.parametrize("events", ["false", pytest.param("true", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("events", ["false", "true"])
 def test_a_disk_that_fills_up_while_checkpoints_are_saved(events, unbroken, disk):
     script = """
         train

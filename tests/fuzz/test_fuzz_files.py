@@ -29,7 +29,7 @@ def accidents(draw, names: list[str]) -> tuple[str, float, dict]:
     return name, draw(fuzz_damage.PLACES), draw(fuzz_damage.damages(name in JSON))
 
 
-@pytest.mark.parametrize("examples", [60, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [30, pytest.param(500, marks=pytest.mark.slow)])
 def test_damaged_files_are_read_as_written_or_refused(examples, capsys, cases, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     written, numbers = {}, iter(range(10**6))
