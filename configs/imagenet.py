@@ -7,8 +7,8 @@ The argument is `resnet34-resnet18`, `resnet50-mobilenetv1` or `vit_base-vit_tin
 none is given). We have run nothing at this scale: no accuracy or time is claimed, and what follows is a recipe. One word more,
 `small` (resnet34-resnet18,kd,small), is a check that it runs where you are: the same networks, streaming, augmentation and
 optimiser at 64 pixels on the first 256 images of CIFAR-10 (data.name=imagenet2012 and its splits for yours), an epoch a stage.
-With --config.arms=pwkd it took, teacher included, 8 minutes for resnet34-resnet18,kd, 8 for resnet50-mobilenetv1,dkd and 12 for
-vit_base-vit_tiny,kd on two cores that ran tests beside it (2.6, 4.4 and 5 GB); too few images and steps to learn from.
+With --config.arms=pwkd it took, teacher included, 8 minutes for resnet34-resnet18,kd, 8 for resnet50-mobilenetv1,dkd and 13 for
+vit_base-vit_tiny,kd on two cores that ran tests beside it (2.6, 4.4 and 9.1 GB); too few images and steps to learn from.
 
 What they cost at least, by the TPU's compiler (`python -m pwkd_jax.preflight --config=configs/imagenet.py:PAIR,METHOD
 --topology=v5e:4x4 --price=YOURS`), with the four default arms of three students and their teacher, in float32: 201 chip-hours
