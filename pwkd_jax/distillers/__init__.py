@@ -34,7 +34,7 @@ from pwkd_jax.distillers.ab import AB
 from pwkd_jax.distillers.at import AT
 from pwkd_jax.distillers.catkd import CATKD
 from pwkd_jax.distillers.cc import CC
-from pwkd_jax.distillers.connectors import START, Distillation, Progress, build, fit, starts
+from pwkd_jax.distillers.connectors import START, Distillation, Progress, build, check_initial, fit, starts
 from pwkd_jax.distillers.crd import CRD
 from pwkd_jax.distillers.ctkd import CTKD
 from pwkd_jax.distillers.diffkd import DiffKD
@@ -72,7 +72,7 @@ from pwkd_jax.distillers.vkd import VkD
 from pwkd_jax.distillers.wkd import WKDF, WKDL
 from pwkd_jax.errors import UserError
 
-__all__ = ["BUILTIN", "START", "Distillation", "Progress", "Sum", "build", "create", "fields", "fit"]
+__all__ = ["BUILTIN", "START", "Distillation", "Progress", "Sum", "build", "check_initial", "create", "fields", "fit"]
 
 BUILTIN = {
     "ab": AB, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "ctkd": CTKD, "diffkd": DiffKD, "dist": DIST, "dkd": DKD,

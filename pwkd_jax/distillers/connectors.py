@@ -2,7 +2,7 @@
 the widest teacher, and a stage cuts out their leading block."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -28,6 +28,17 @@ class Progress(NamedTuple):
 def starts(distiller: nn.Module) -> bool:
     """Whether it has an initial phase."""
     return getattr(distiller, "initial_epochs", 0.0) > 0
+
+
+def check_initial(distiller: nn.Module, epochs: Sequence[float]) -> None:
+    """UserError where the initial phase, in which no label is seen, fills a run whose stages have so many epochs."""
+    each = getattr(distiller, "initial_each_stage", False)
+    if starts(distiller) and (each or len(epochs) == 1) and max(epochs) <= distiller.initial_epochs:
+        where = "each stage" if each and len(epochs) > 1 else "the run"
+        raise UserError(
+            f"student.distiller.initial_epochs: {distiller.initial_epochs:g} epochs in which no label is seen fill {where}, of "
+            f"{max(epochs):.3g} epochs; give fewer, such as {max(epochs) / 8:.2g}"
+        )
 
 
 START = Progress(np.int32(0), np.int32(0), np.float32(0))

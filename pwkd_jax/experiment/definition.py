@@ -228,12 +228,15 @@ def schedule(config: ConfigDict, facts: dict, who: str, spans, form: str = "", p
     return schedules.learning_rate(spans, form=form, warmup=warmup, peak_decay=peak_decay, key=key, **shape)
 
 
+def distiller(config: ConfigDict) -> nn.Module:
+    c = config.student.distiller
+    return distillers.create(c.name, **{k: v for k, v in c.items() if k != "name"})
+
+
 def wants_labels(config: ConfigDict) -> bool:
     """Whether batches carry the labels of the whole training split: of data in RAM always, of a stream, which would have to
     read all of it, only where the distiller asks."""
-    c = config.student.distiller
-    options = {k: v for k, v in c.items() if k != "name"}
-    return not config.data.image_size or getattr(distillers.create(c.name, **options), "dataset_labels", False)
+    return not config.data.image_size or getattr(distiller(config), "dataset_labels", False)
 
 
 def fit_distiller(
@@ -241,12 +244,11 @@ def fit_distiller(
 ) -> distillers.Distillation:
     """The distiller of a config fitted to the student and to those widths of a teacher, by abstract outputs."""
     c = config.student
-    options = {k: v for k, v in c.distiller.items() if k != "name"}
     by_width = c.widths or tuple(sorted(config.teacher.widths))
     images = facts["train_images"] if wants_labels(config) else 0
     return distillers.fit(
-        distillers.create(c.distiller.name, **options), student, {w: net.members[w] for w in {*widths, net.widest}},
-        tuple(facts["image_shape"]), batch_size=c.batch_size // c.accumulate, images=images,
+        distiller(config), student, {w: net.members[w] for w in {*widths, net.widest}}, tuple(facts["image_shape"]),
+        batch_size=c.batch_size // c.accumulate, images=images,
         standardise=c.standardise_logits, temperatures=dict(zip(by_width, c.temperatures, strict=False)),
         mixed=bool(c.mix.mixup or c.mix.cutmix) and c.mix.chance > 0,
     )  # fmt: skip
@@ -339,6 +341,10 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh, dataset: data.Dataset) ->
     experiment.schedule("teacher", [(0, total)])
     for who in ("teacher", "student"):
         experiment.mix(who)
+    epochs = c.student.batch_size / len(dataset.train)
     for arm in c.arms:
-        experiment.schedule("student", *experiment.spans(experiment.plan(arm)))
+        schedule = experiment.plan(arm)
+        experiment.schedule("student", *experiment.spans(schedule))
+        if schedule[0].widths:
+            distillers.check_initial(distiller(c), [(s.end - s.start) * epochs for s in schedule])
     return experiment

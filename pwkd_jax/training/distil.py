@@ -200,6 +200,8 @@ def distil(
     # A method sees one part of a batch at a time.
     seen = size // accumulate
     distillation = fit(student, teacher, task, distiller, batch_size=seen, mixed=mixed) if teacher else None
+    if teacher and not compiled:
+        distillers.check_initial(distillation.distiller, [(s.end - s.start) * size / images for s in plan])
     ends = [s.end for s in plan]
     spans = stages.cycles(plan, True)
     rule = optimizers.rule(optimizer, learning_rate, lambda peak: schedules.learning_rate(spans, form="cosine", peak=peak))

@@ -25,6 +25,8 @@ from tests.faults.kills import Broken
 STEPS = 20
 # Of the student's own channels alone: the teacher's full width.
 SAME = ("fsp", "kdsvd")
+# An initial phase, by default longer than such a run: a quarter of it.
+PHASES = ("ab", "fsp", "ft")
 
 
 def settings(data: str, data_dir: str) -> tuple[str, ...]:
@@ -53,6 +55,7 @@ def finite(value) -> bool:
 
 def of_method(name: str, options: tuple[str, ...], teacher: Path, folder: Path, rng: random.Random) -> dict:
     more = ("--config.student.width=1.0", "--config.student.widths=(1.0,1.0)") if name in SAME else ()
+    more += ("--config.student.distiller.initial_epochs=0.25",) if name in PHASES else ()
     own = (*options, *more, "--config.arms=kd_whole,pwkd", f"--config.teacher.run={teacher}",
            f"--config.student.distiller.name={name}")  # fmt: skip
     before, unbroken, killed = bytes_of(teacher / "teacher"), folder / name, folder / f"{name}_killed"
