@@ -1,5 +1,6 @@
 """AB, FT, OFD, ReviewKD, SRRL, SimKD: losses against reference values and independent formulas, modules under staging."""
 
+import contextlib
 import functools
 import json
 import math
@@ -623,6 +624,24 @@ def test_ft_of_whole_factors_at_a_width(pairs):
     s, t = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (s, t))
     np.testing.assert_allclose(metrics["distillation"], np.mean(np.abs(s - t)), rtol=1e-5)
     np.testing.assert_allclose(metrics["reconstruction"], np.mean(np.abs(rebuilt - teacher)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("each", "epochs", "said"),
+    [
+        (False, [30.0], "30 epochs in which no label is seen fill the run, of 30 epochs; give fewer, such as 3.8"),
+        (True, [10.0, 12.0], "30 epochs in which no label is seen fill each stage, of 12 epochs; give fewer, such as 1.5"),
+        (False, [30.1], ""),
+        (False, [10.0, 12.0], ""),  # the second stage has labels
+        (True, [10.0, 31.0], ""),
+    ],
+)
+def test_an_initial_phase_leaves_something_of_the_run(each, epochs, said):
+    method = distillers.create("ab", initial_each_stage=each)
+    with pytest.raises(UserError, match=f"^student.distiller.initial_epochs: {said}$") if said else contextlib.nullcontext():
+        distillers.check_initial(method, epochs)
+    distillers.check_initial(distillers.create("ab", initial_epochs=0.0), epochs)
+    distillers.check_initial(distillers.create("kd"), epochs)
 
 
 def test_a_run_without_an_initial_phase_of_ft_is_refused_but_ab_is_cross_entropy(pairs):
