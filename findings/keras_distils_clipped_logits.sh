@@ -6,7 +6,8 @@
 # instances of the class keras.losses.KLDivergence alone. What then runs is the sum of t log(t / s) over logits over T, both clipped
 # to [1e-7, 1]. Of random logits about two thirds of the entries have no gradient; a student with larger logits than its teacher's
 # has a loss below that of the teacher itself, which is 0; in the example a student without labels answers as its teacher in 6 % of
-# images, where chance is 10, and with the class in 84. The same name as a class, loss="KLDivergence", or loss=keras.losses.KLDivergence(), is Hinton's KD to float32.
+# images, where chance is 10, and with the class in 84. That is loss="KLDivergence", or loss=keras.losses.KLDivergence(): Hinton's KD
+# to float32.
 # Guessed before it ran, from the class's words: KL of the two softmaxes at temperature 3, times 9.
 # Who meets it: whoever distils in Keras by the example in its documentation, which passes temperature=3.0 and nothing else.
 set -euo pipefail
