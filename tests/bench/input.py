@@ -5,6 +5,7 @@
     one area     opencv with the mean over pixels in place of linear, for what that costs
     in process   our pipeline, as a worker runs it: whole batches of this thread, which decodes only the crops where it can
                  (`pip install turbojpeg`), the same pixels
+    whole        the same where no library decodes crops
     1, 2, ...    our pipeline in so many worker processes, up to the cores there are, and their hand-over
 
 Photographs of scikit-learn, cut at random and brought to 500x375, JPEG of quality 90; images and crops are the same for all.
@@ -32,6 +33,7 @@ import time
 from importlib.metadata import version
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -102,6 +104,11 @@ def timed(work) -> tuple[float, float]:
     work()
     count = STEPS * BATCH
     return count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
+
+
+def timed_whole(work) -> tuple[float, float]:
+    with mock.patch.object(partial, "library", lambda: None):
+        return timed(work)
 
 
 class Workers:
@@ -175,6 +182,7 @@ def main(arguments: list[str]) -> None:
             "one area": lambda: timed(lambda: opencv(paths, boxes, cv2.INTER_AREA)),
             "pillow": lambda: timed(lambda: pillow(paths, boxes)),
             "in process": lambda: timed(lambda: [batch(step, ring) for step in range(STEPS)]),
+            "whole": lambda: timed_whole(lambda: [batch(step, ring) for step in range(STEPS)]),
         }
         for count in range(1, min(prefetch.cores(), 8) + 1):
             inputs[f"{count} worker{'s' * (count > 1)}"] = Workers(batch, count).timed
