@@ -22,7 +22,7 @@ import pytest
 from test_data import _tfds
 
 from pwkd_jax import config, data, evaluate, train
-from pwkd_jax.data import folder, images, prefetch, records, stream
+from pwkd_jax.data import folder, images, partial, prefetch, records, stream
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition
 
@@ -175,6 +175,7 @@ def test_a_crop_shows_its_place_at_any_scale_of_decoding(shape, kind):
 def test_large_images_are_decoded_small(monkeypatch):
     asked = []
     real = images.decode
+    monkeypatch.setattr(partial, "library", lambda: None)
     monkeypatch.setattr(images, "decode", lambda encoded, reduce=1: asked.append(reduce) or real(encoded, reduce))
     numbers = np.full(41, 0.5)  # a square crop of 0.54 of the area
     for side, reduce in ((40, 1), (86, 1), (90, 2), (176, 4), (349, 8), (800, 8)):
@@ -201,6 +202,16 @@ def test_shrinking_takes_the_mean():
     np.testing.assert_allclose(
         images.resize(image, 16, 24).astype(float), image.reshape(16, 4, 24, 4, 3).mean((1, 3)), atol=0.501
     )
+
+
+def test_fast_shrinking_looks_at_all_that_it_replaces():
+    """Columns in turn black and white: gray where the mean is taken, and where two of at most two are read."""
+    stripes = np.zeros((60, 128, 3), np.uint8)
+    stripes[:, ::2] = 255
+    np.testing.assert_allclose(images.resize(stripes, 40, 64, fast=True), 127.5, atol=1)
+    # Of four columns, two white ones in the middle, which are all that two neighbours are.
+    pairs = np.roll(np.repeat(stripes, 2, 1)[:, :128], 1, 1)
+    np.testing.assert_allclose(images.resize(pairs, 10, 32, fast=True), 127.5, atol=1)
 
 
 def test_random_numbers_depend_on_seed_and_position():

@@ -5,7 +5,8 @@ import math
 from pwkd_jax.cost.chips import Topology
 
 # Images that a core turns from a JPEG of 500x375 into 224x224 in a second, hand-over included: the row `2 workers` of
-# `python tests/bench/input.py` (column CPU; 678, 690 and 696 in three runs) on two virtual cores of an AMD EPYC of Zen 3.
+# `python tests/bench/input.py` (column CPU; 678, 690 and 696 in three runs) on two virtual cores of an AMD EPYC of Zen 3,
+# without turbojpeg.
 IMAGES_PER_CORE_SECOND = 690.0
 
 

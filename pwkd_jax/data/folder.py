@@ -43,7 +43,7 @@ class Files:
 
     def _bytes(self, index: int) -> bytes | Unreadable:
         try:
-            with open(self._paths[index], "rb") as file:
+            with open(self._paths[index], "rb", buffering=0) as file:
                 return file.read()
         except OSError as e:
             return Unreadable(e.strerror or type(e).__name__)

@@ -1,7 +1,8 @@
 """One image of any size, from its encoded bytes to the square of pixels that a network takes, on the host.
 
 Decoding is OpenCV's, which gives the pixels of Pillow bit for bit at twice its speed; what OpenCV cannot read, and JPEGs
-of four colours, go to Pillow itself. As with Pillow and TensorFlow the orientation in a camera's metadata is ignored.
+of four colours, go to Pillow itself. Of a JPEG that is trained on, `partial` decodes the crop alone where it can. As with
+Pillow and TensorFlow the orientation in a camera's metadata is ignored.
 """
 
 import io
@@ -10,7 +11,7 @@ import math
 import numpy as np
 import PIL.Image
 
-from pwkd_jax.data import depth
+from pwkd_jax.data import depth, partial
 from pwkd_jax.data.depth import Unreadable
 from pwkd_jax.errors import UserError
 
@@ -104,13 +105,28 @@ def resize(image: np.ndarray, height: int, width: int, fast: bool = False, out: 
 
     INTER_AREA weighs every pixel, as Pillow's and torchvision's resampling does; INTER_LINEAR reads four neighbours whatever
     the factor, so that an image shrunken much is full of aliases. To enlarge, INTER_AREA would repeat pixels.
-    fast: linear down to half the size too, where it still touches every pixel or its neighbour, as TensorFlow's recipes
-    do; it takes a third of the time (tests/bench/input.py), and reduced decoding leaves a JPEG mostly such factors.
+    fast: linear down to a quarter of the pixels too, where the four that it reads are as many as it replaces, as TensorFlow's
+    recipes do; it takes a third of the time (tests/bench/input.py), and reduced decoding leaves a JPEG mostly such factors.
     """
     cv2 = opencv()
     by = (image.shape[0] / height, image.shape[1] / width)
-    area = min(by) >= 1 and (not fast or max(by) > 2)
+    area = min(by) >= 1 and (not fast or by[0] * by[1] > 4)
     return cv2.resize(image, (width, height), out, interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR)
+
+
+def _decode_part(
+    encoded: bytes, size: tuple[int, int], reduce: int, top: int, left: int, height: int, width: int
+) -> np.ndarray:  # fmt: skip
+    """These rows and columns of a JPEG of `size`, as whole pixels of the image decoded at 1 / reduce of it."""
+    rows, columns = (-(-side // reduce) for side in size)
+    top, left, height, width = (round(x / reduce) for x in (top, left, height, width))
+    bottom, right = min(top + height, rows), min(left + width, columns)
+    if (part := partial.decode(encoded, size, reduce, top, left, bottom - top, right - left)) is not None:
+        return part
+    image = decode(encoded, reduce)
+    if image.shape[:2] != (rows, columns):
+        raise Unreadable("its header and its pixels differ in size")
+    return image[top:bottom, left:right]
 
 
 def train_image(
@@ -124,21 +140,15 @@ def train_image(
     given. pixel_range: see `decode`. Raises Unreadable.
     """
     header = jpeg_header(encoded)
-    reduce, image = 1, None
-    if header is None:
-        image = decode(encoded, 1, pixel_range)
+    image = None if header else decode(encoded, 1, pixel_range)
     height, width = header[:2] if header else image.shape[:2]
     if not height or not width:
         raise Unreadable("its header gives no size")
     top, left, h, w = random_crop(numbers, height, width, scale)
     if image is None:
-        reduce = _reduction(h, w, size)
-        image = decode(encoded, reduce)
-        if image.shape[:2] != (-(-height // reduce), -(-width // reduce)):
-            raise Unreadable("its header and its pixels differ in size")
-    if reduce > 1:
-        top, left, h, w = (round(x / reduce) for x in (top, left, h, w))
-    image = image[top : top + h, left : left + w]
+        image = _decode_part(encoded, (height, width), _reduction(h, w, size), top, left, h, w)
+    else:
+        image = image[top : top + h, left : left + w]
     if flip and numbers[40] < 0.5:  # mirrored last, when it is smallest
         return opencv().flip(resize(image, size, size, fast=True), 1, out)
     return resize(image, size, size, fast=True, out=out)

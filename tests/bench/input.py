@@ -3,7 +3,9 @@
     opencv       a bare loop of one thread: read a file, decode, crop, resize (linear, the cheapest)
     pillow       the same of Pillow: open, convert, resize a box (bilinear)
     one area     opencv with the mean over pixels in place of linear, for what that costs
-    in process   our pipeline, as a worker runs it: whole batches of this thread
+    in process   our pipeline, as a worker runs it: whole batches of this thread, which decodes only the crops where it can
+                 (`pip install turbojpeg`), the same pixels
+    whole        the same where no library decodes crops
     1, 2, ...    our pipeline in so many worker processes, up to the cores there are, and their hand-over
 
 Photographs of scikit-learn, cut at random and brought to 500x375, JPEG of quality 90; images and crops are the same for all.
@@ -31,6 +33,7 @@ import time
 from importlib.metadata import version
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -40,7 +43,7 @@ import PIL.Image
 from sklearn.datasets import load_sample_images
 
 from pwkd_jax import data
-from pwkd_jax.data import images, prefetch, stream
+from pwkd_jax.data import images, partial, prefetch, stream
 
 SIZE, BATCH, STEPS, FILES = 224, 64, 2, 128
 
@@ -103,6 +106,11 @@ def timed(work) -> tuple[float, float]:
     return count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
 
 
+def timed_whole(work) -> tuple[float, float]:
+    with mock.patch.object(partial, "library", lambda: None):
+        return timed(work)
+
+
 class Workers:
     """A stream read by worker processes, the same steps over and over."""
 
@@ -153,7 +161,8 @@ def machine() -> dict:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {"cpu": names[0] if names else platform.machine(), "cores": prefetch.cores(), "load": os.getloadavg(),
             "python": platform.python_version(), "kernel": platform.release(),
-            **{name: version(name) for name in ("numpy", "opencv-python-headless", "pillow", "grain")}}  # fmt: skip
+            **{name: version(name) for name in ("numpy", "opencv-python-headless", "pillow", "grain")},
+            "turbojpeg": str(partial.library() and Path(partial.library()._name).name)}  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
@@ -167,11 +176,13 @@ def main(arguments: list[str]) -> None:
         boxes = [box for step in range(STEPS) for box in crops(step)]
         source = data.load("folder", folder, streaming=data.Streaming(SIZE, flip=True)).train
         batch = stream._Train(source.source, 2, source.options, data.Pipeline(source.source, BATCH, 0), 0)
+        ring = np.ones(batch.shape, np.uint8)  # written again and again, as the memory of a worker's ring is
         inputs = {
             "opencv": lambda: timed(lambda: opencv(paths, boxes)),
             "one area": lambda: timed(lambda: opencv(paths, boxes, cv2.INTER_AREA)),
             "pillow": lambda: timed(lambda: pillow(paths, boxes)),
-            "in process": lambda: timed(lambda: [batch(step) for step in range(STEPS)]),
+            "in process": lambda: timed(lambda: [batch(step, ring) for step in range(STEPS)]),
+            "whole": lambda: timed_whole(lambda: [batch(step, ring) for step in range(STEPS)]),
         }
         for count in range(1, min(prefetch.cores(), 8) + 1):
             inputs[f"{count} worker{'s' * (count > 1)}"] = Workers(batch, count).timed
