@@ -15,6 +15,9 @@ It may own parameters (connectors, trained with the student) and state (any othe
 total, ce_weight * CE + weight * loss, and every field is a config key under `student.distiller`. Under staging nothing of this
 changes: parameters are built for the widest teacher, and a stage uses their leading block (`connectors`).
 
+A true property `reruns` gives it student and teacher themselves, as `Outputs.again` (see `models.again`); a true `views` a
+strong view of the same images, batch["strong"] [B, H, W, C] (see `data.strong`).
+
 Two methods are optional. `initial(student, teacher, batch, progress) -> (loss, metrics)` alone is minimised, without cross
 entropy, for the first `initial_epochs` of the run, or of every stage where the field `initial_each_stage` is true; they are
 part of the stage, so that every arm has the same budget. `predict(student, teacher) -> logits` replaces the student's own
@@ -34,7 +37,7 @@ from pwkd_jax.distillers.ab import AB
 from pwkd_jax.distillers.at import AT
 from pwkd_jax.distillers.catkd import CATKD
 from pwkd_jax.distillers.cc import CC
-from pwkd_jax.distillers.connectors import START, Distillation, Progress, build, check_initial, fit, starts
+from pwkd_jax.distillers.connectors import START, Distillation, Progress, build, check_initial, fit, reruns, starts
 from pwkd_jax.distillers.crd import CRD
 from pwkd_jax.distillers.ctkd import CTKD
 from pwkd_jax.distillers.diffkd import DiffKD
@@ -72,7 +75,7 @@ from pwkd_jax.distillers.vkd import VkD
 from pwkd_jax.distillers.wkd import WKDF, WKDL
 from pwkd_jax.errors import UserError
 
-__all__ = ["BUILTIN", "START", "Distillation", "Progress", "Sum", "build", "check_initial", "create", "fields", "fit"]
+__all__ = ["BUILTIN", "START", "Distillation", "Progress", "Sum", "build", "check_initial", "create", "fields", "fit", "reruns"]
 
 BUILTIN = {
     "ab": AB, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "ctkd": CTKD, "diffkd": DiffKD, "dist": DIST, "dkd": DKD,
@@ -168,6 +171,14 @@ class Sum(nn.Module):
     @property
     def dataset_labels(self) -> bool:
         return any(getattr(part, "dataset_labels", False) for part in self.parts)
+
+    @property
+    def reruns(self) -> bool:
+        return any(getattr(part, "reruns", False) for part in self.parts)
+
+    @property
+    def views(self) -> bool:
+        return any(getattr(part, "views", False) for part in self.parts)
 
     def __call__(self, *inputs):
         results = [(getattr(part, "weight", 1.0), *part(*inputs)) for part in self.parts]
