@@ -39,10 +39,12 @@ from pwkd_jax.distillers.catkd import CATKD
 from pwkd_jax.distillers.cc import CC
 from pwkd_jax.distillers.connectors import START, Distillation, Progress, build, check_initial, fit, reruns, starts
 from pwkd_jax.distillers.crd import CRD
+from pwkd_jax.distillers.crld import CRLD
 from pwkd_jax.distillers.ctkd import CTKD
 from pwkd_jax.distillers.diffkd import DiffKD
 from pwkd_jax.distillers.dist import DIST
 from pwkd_jax.distillers.dkd import DKD
+from pwkd_jax.distillers.fcfd import FCFD
 from pwkd_jax.distillers.fitnet import FitNet
 from pwkd_jax.distillers.fsp import FSP
 from pwkd_jax.distillers.ft import FT
@@ -60,6 +62,7 @@ from pwkd_jax.distillers.pkt import PKT
 from pwkd_jax.distillers.reviewkd import ReviewKD
 from pwkd_jax.distillers.rkd import RKD
 from pwkd_jax.distillers.rld import RLD
+from pwkd_jax.distillers.scalekd import ScaleKD
 from pwkd_jax.distillers.sdd import SDD, SDDDKD
 from pwkd_jax.distillers.semckd import SemCKD
 from pwkd_jax.distillers.simkd import SimKD
@@ -78,12 +81,12 @@ from pwkd_jax.errors import UserError
 __all__ = ["BUILTIN", "START", "Distillation", "Progress", "Sum", "build", "check_initial", "create", "fields", "fit", "reruns"]
 
 BUILTIN = {
-    "ab": AB, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "ctkd": CTKD, "diffkd": DiffKD, "dist": DIST, "dkd": DKD,
-    "fitnet": FitNet, "fsp": FSP, "ft": FT, "ickd": ICKD, "kd": KD, "kdsvd": KDSVD, "mgd": MGD, "mlkd": MLKD, "nkd": NKD,
-    "norm": NORM, "nst": NST, "ofa": OFA, "ofd": OFD, "pkt": PKT, "reviewkd": ReviewKD, "rkd": RKD, "rld": RLD, "sdd": SDD,
-    "sdd_dkd": SDDDKD, "semckd": SemCKD, "simkd": SimKD, "sokd": SoKD, "sp": SP, "srd": SRD, "srrl": SRRL,
-    "streamlined": Streamlined, "student_friendly": StudentFriendly, "ttm": TTM, "vid": VID, "vkd": VkD, "wkd_f": WKDF,
-    "wkd_l": WKDL, "wttm": WTTM,
+    "ab": AB, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "crld": CRLD, "ctkd": CTKD, "diffkd": DiffKD, "dist": DIST,
+    "dkd": DKD, "fcfd": FCFD, "fitnet": FitNet, "fsp": FSP, "ft": FT, "ickd": ICKD, "kd": KD, "kdsvd": KDSVD, "mgd": MGD,
+    "mlkd": MLKD, "nkd": NKD, "norm": NORM, "nst": NST, "ofa": OFA, "ofd": OFD, "pkt": PKT, "reviewkd": ReviewKD, "rkd": RKD,
+    "rld": RLD, "scalekd": ScaleKD, "sdd": SDD, "sdd_dkd": SDDDKD, "semckd": SemCKD, "simkd": SimKD, "sokd": SoKD, "sp": SP,
+    "srd": SRD, "srrl": SRRL, "streamlined": Streamlined, "student_friendly": StudentFriendly, "ttm": TTM, "vid": VID,
+    "vkd": VkD, "wkd_f": WKDF, "wkd_l": WKDL, "wttm": WTTM,
 }  # fmt: skip
 
 
