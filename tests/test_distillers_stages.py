@@ -1,4 +1,4 @@
-"""FCFD, ScaleKD, CRLD and WKD-F's full covariance where their authors' code has no number to give: facts, staging, refusals."""
+"""FCFD, ScaleKD, CRLD, ABKD and WKD-F's full covariance where official code has no number to give: facts, staging, refusals."""
 
 import itertools
 
@@ -16,7 +16,7 @@ from test_distillers import BATCH
 
 from pwkd_jax import distillers, models, stages
 from pwkd_jax.data import policies, views
-from pwkd_jax.distillers import crld, fcfd, scalekd, wkd
+from pwkd_jax.distillers import abkd, crld, fcfd, scalekd, wkd
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import again
 from pwkd_jax.training import metrics, student
@@ -129,12 +129,13 @@ def test_a_strong_view_is_within_its_ranges_and_each_image_of_its_own():
     one, other = (np.asarray(views.strong(jax.random.key(k), images)) for k in (0, 1))
     assert one.dtype == np.uint8 and one.shape == images.shape and np.any(one != other)
     np.testing.assert_array_equal(views.strong(jax.random.key(0), images[:7]), one[:7])
-    boxes = [np.all(views.box(jax.random.key(k), 0 * images[0]) == views.GREY, axis=-1) for k in range(200)]
+    made = jax.vmap(views.box, (0, None))(jax.random.split(jax.random.key(0), 1000), 0 * images[0])
+    boxes = np.all(np.asarray(made) == np.array(views.GREY), axis=-1)
     for found in boxes:
         rows, columns = np.nonzero(found)
         tall, broad = np.ptp(rows) + 1, np.ptp(columns) + 1
         assert found.sum() == tall * broad and max(tall, broad) <= views.MOST * 12 + 1
-    assert np.any(np.all(boxes, axis=0)) == False and np.all(np.any(boxes, axis=0))  # noqa: E712
+    assert not np.any(np.all(boxes, axis=0)) and np.all(np.any(boxes, axis=0))
     grey = np.asarray(views.strong(jax.random.key(0), images[..., :1]))
     assert grey.shape == (64, 16, 12, 1)
     assert views.RANGES.keys() < {*policies.OPERATIONS}
@@ -148,9 +149,8 @@ def test_each_width_of_a_teacher_runs_by_its_own_later_stages(name, own):
     net = network(make=lambda w: models.create("resnet8", width=w, num_classes=5), widths=(0.5, 1.0))
     params, statistics = net.init(jax.random.key(0), (8, 8, 3))
     student = pair(own)[0]
-    fitted = distillers.fit(
-        distillers.create(name), student.again.model, net.members, (8, 8, 3), batch_size=4, images=40
-    )  # fmt: skip
+    method = distillers.create(name, **({"paths": 4} if name == "fcfd" else {}))
+    fitted = distillers.fit(method, student.again.model, net.members, (8, 8, 3), batch_size=4, images=40)
     trained, state = fitted.init(jax.random.key(1))
     batch, values = {"label": np.arange(4) % 5, "strong": IMAGES[::-1]}, []
     for width in (0.5, 1.0):
@@ -207,11 +207,27 @@ def test_half_a_batch_at_a_time(name):
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.parametrize("alpha, beta", [(0.8, 0.3), (0.5, 0.5), (1.0, 1e-6)])
+def test_the_alpha_beta_divergence_is_its_formula_and_its_limits(alpha, beta):
+    s, t = np.random.default_rng(0).standard_normal((2, 6, 5)) * 3
+    p, q = (softmax(z / 2, axis=-1) for z in (t, s))
+    both = p**alpha * q**beta - (alpha * p ** (alpha + beta) + beta * q ** (alpha + beta)) / (alpha + beta)
+    with jax.enable_x64(True):
+        found = float(abkd.ab_divergence(s, t, alpha, beta, 2.0))
+        assert abkd.ab_divergence(t, t, alpha, beta, 2.0) == pytest.approx(0, abs=1e-9)
+    assert found == pytest.approx(-np.sum(both) / (6 * alpha * beta), rel=1e-8)
+    if alpha == beta:
+        assert found == pytest.approx(2 * np.mean(np.sum((p**0.5 - q**0.5) ** 2, axis=-1)))
+    if beta < 1e-3:
+        assert found == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=-1)), rel=1e-4)
+
+
 def test_what_they_cannot_do_is_refused():
     for name, options, said in (
         ("fcfd", {"paths": -1}, "paths: -1 is not possible; it should be 0 or more"),
         ("fcfd", {"temperature": 0.0}, "temperature: 0 is not possible"),
         ("scalekd", {"head_features": 0}, "head_features: 0 is not possible"),
+        ("abkd", {"beta": 0.0}, "beta: 0 is not possible"),
         ("crld", {"temperature": -1.0}, "temperature: -1 is not possible"),
         ("wkd_f", {"covariance": "some"}, "covariance: 'some' is not possible; it should be diagonal or full"),
     ):

@@ -34,6 +34,7 @@ import flax.linen as nn
 
 from pwkd_jax import models
 from pwkd_jax.distillers.ab import AB
+from pwkd_jax.distillers.abkd import ABKD
 from pwkd_jax.distillers.at import AT
 from pwkd_jax.distillers.catkd import CATKD
 from pwkd_jax.distillers.cc import CC
@@ -81,11 +82,11 @@ from pwkd_jax.errors import UserError
 __all__ = ["BUILTIN", "START", "Distillation", "Progress", "Sum", "build", "check_initial", "create", "fields", "fit", "reruns"]
 
 BUILTIN = {
-    "ab": AB, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "crld": CRLD, "ctkd": CTKD, "diffkd": DiffKD, "dist": DIST,
-    "dkd": DKD, "fcfd": FCFD, "fitnet": FitNet, "fsp": FSP, "ft": FT, "ickd": ICKD, "kd": KD, "kdsvd": KDSVD, "mgd": MGD,
-    "mlkd": MLKD, "nkd": NKD, "norm": NORM, "nst": NST, "ofa": OFA, "ofd": OFD, "pkt": PKT, "reviewkd": ReviewKD, "rkd": RKD,
-    "rld": RLD, "scalekd": ScaleKD, "sdd": SDD, "sdd_dkd": SDDDKD, "semckd": SemCKD, "simkd": SimKD, "sokd": SoKD, "sp": SP,
-    "srd": SRD, "srrl": SRRL, "streamlined": Streamlined, "student_friendly": StudentFriendly, "ttm": TTM, "vid": VID,
+    "ab": AB, "abkd": ABKD, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "crld": CRLD, "ctkd": CTKD, "diffkd": DiffKD,
+    "dist": DIST, "dkd": DKD, "fcfd": FCFD, "fitnet": FitNet, "fsp": FSP, "ft": FT, "ickd": ICKD, "kd": KD, "kdsvd": KDSVD,
+    "mgd": MGD, "mlkd": MLKD, "nkd": NKD, "norm": NORM, "nst": NST, "ofa": OFA, "ofd": OFD, "pkt": PKT, "reviewkd": ReviewKD,
+    "rkd": RKD, "rld": RLD, "scalekd": ScaleKD, "sdd": SDD, "sdd_dkd": SDDDKD, "semckd": SemCKD, "simkd": SimKD, "sokd": SoKD,
+    "sp": SP, "srd": SRD, "srrl": SRRL, "streamlined": Streamlined, "student_friendly": StudentFriendly, "ttm": TTM, "vid": VID,
     "vkd": VkD, "wkd_f": WKDF, "wkd_l": WKDL, "wttm": WTTM,
 }  # fmt: skip
 

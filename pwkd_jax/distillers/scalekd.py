@@ -48,14 +48,15 @@ class Projector(nn.Module):
         if self.own_queries:
             shape = (1, self.size[0] * self.size[1], self.features)
             queries = self.param("query", nn.initializers.normal(1.0), shape)
-        x = nn.Conv(channels, (3, 3), padding=1, kernel_init=uniform, name="conv")(x)
+        # Neither this bias nor that of the keys would change anything.
+        x = nn.Conv(channels, (3, 3), padding=1, use_bias=False, kernel_init=uniform, name="conv")(x)
         x = nn.relu(nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5, name="norm")(x))
         x = x + self.param("position", nn.initializers.truncated_normal(0.02), (1, height, width, channels))
         x = x.reshape(batch, height * width, channels)
         queries = nn.relu(Dense(self.features, name="ask")(queries))
         count = heads(self.features, self.head_features)
         query, key, value = (
-            Dense(self.features, name=name)(of).reshape(*of.shape[:2], count, -1)
+            Dense(self.features, use_bias=name != "attend_key", name=name)(of).reshape(*of.shape[:2], count, -1)
             for name, of in (("attend_query", queries), ("attend_key", x), ("attend_value", x))
         )
         query = jnp.broadcast_to(query, (batch, *query.shape[1:]))

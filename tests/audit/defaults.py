@@ -120,6 +120,9 @@ DEFAULTS = {
              ("parts", NORM, "README.md", r"-b 1.0 -s (\d+)"), ("scale", NORM, "train_cifar_student.py", argument("ceta")),
              ("temperature", NORM, "train_cifar_student.py", argument("kd_T"))],
     "vkd": [("weight", "roymiles/VkD", "main_distributed.py", argument("alpha"))],
+    "abkd": [("weight", "ghwang-s/abkd", "README.md", r"# gpu_id\s+([\d.]+)\s+# b \(weight"),
+             ("alpha", "ghwang-s/abkd", "README.md", r"([\d.]+) \\\s+# start_alpha\s"),
+             ("temperature", "ghwang-s/abkd", "standard_classification/train_student.py", argument("kd_T"))],
     "fcfd": [
         ("temperature", FCFD, FCFD_FILE, r"\nT: ([\d.]+)"), ("feature_weight", FCFD, FCFD_FILE, r"weight_l2: ([\d.]+)"),
         ("ce_weight", FCFD, FCFD_FILE, r"loss_student:\s+label:\s+x: \[0\]\s+y: \[([\d.]+)\]"),

@@ -26,6 +26,7 @@ REPOSITORIES = {
     "clovaai/overhaul-distillation": "76344a84a7ce23c894f41a2e05b866c9b73fd85a",
     "deep-optimization/ScaleKD": "478a7dbb19caa7dd6ec225cd824b0e0a74a6cdc4",
     "dvlab-research/ReviewKD": "cede6ea6387ae9b6127de0e561507177bf19c11e",
+    "ghwang-s/abkd": "df813185e69d21d1e99510272cd94e49be7250c0",
     "hunto/image_classification_sota": "6f7a70a1dd57fd88413d83909d3d53243068f701",
     "jingyang2017/KD_SRRL": "d2e802f5f57efd4f5bc6326a697b48236008a5b6",
     "lenscloth/RKD": "0a6c3c0c190722d428322bf71703c0ae86c25242",

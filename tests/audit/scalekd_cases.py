@@ -114,13 +114,13 @@ WEIGHTS = {}
 for name, number in (("spatial", 0), ("frequency", 1)):
     for ours, stage in (("before", "s3"), ("last", "s4")):
         at = f"loss_fmd_{stage}.projector_{number}"
-        WEIGHTS |= conv(f"{name}_{ours}/conv", f"{at}.proj_student.0", bias=True)
+        WEIGHTS |= conv(f"{name}_{ours}/conv", f"{at}.proj_student.0")
         WEIGHTS |= norm(f"{name}_{ours}/norm", f"{at}.proj_student.1") | norm(f"{name}_{ours}/layer_norm", f"{at}.norm")
         WEIGHTS |= conv(f"{name}_{ours}/ask", f"{at}.proj_pos.0", "pixel", True)
         for layer, called in (("attend_query", "pos_attention.q"), ("attend_key", "pos_attention.k"),
                               ("attend_value", "pos_attention.v"), ("attend_out", "pos_attention.proj"),
                               ("mlp1", "ffn.first"), ("mlp2", "ffn.second")):  # fmt: skip
-            WEIGHTS |= conv(f"{name}_{ours}/{layer}", f"{at}.{called}", "linear", True)
+            WEIGHTS |= conv(f"{name}_{ours}/{layer}", f"{at}.{called}", "linear", layer != "attend_key")
         WEIGHTS[f"{name}_{ours}/position"] = (f"{at}.pos_embed", "map")
     WEIGHTS[f"{name}_before/query"] = (f"loss_fmd_s3.projector_{number}.query.weight", "table")
 
