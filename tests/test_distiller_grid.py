@@ -53,6 +53,8 @@ class Net(nn.Module):
 STILL = {"FT": "paraphraser", "SoKD": "policy"}
 # Heads whose boxes choose, without gradient, where the loss is taken: it falls where their choice is held.
 HELD = {"SoKD": ("heat", "size", "offset")}
+# All that is drawn from elsewhere: here the key is always the same.
+OPTIONS = {"fcfd": {"paths": 4}}
 # Students without batch norm, which compile in half the time.
 PAIRS = {
     "same shape": Net(normed=False),
@@ -85,7 +87,7 @@ def build(name: str, model: nn.Module, widths=(1.0,)):
     variables = model.init(jax.random.key(1), jnp.zeros((1, *SHAPE)), train=False)
     out = jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, abstract[0]["image"])
     out = again.attach(out, model, jax.eval_shape(lambda: variables), train=True)
-    fitted = distillers.build(distillers.create(name), out, {w: abstract[1][w] for w in widths}, abstract[0])
+    fitted = distillers.build(distillers.create(name, **OPTIONS.get(name, {})), out, {w: abstract[1][w] for w in widths}, abstract[0])
     return fitted, dict(variables)
 
 
