@@ -87,7 +87,8 @@ def build(name: str, model: nn.Module, widths=(1.0,)):
     variables = model.init(jax.random.key(1), jnp.zeros((1, *SHAPE)), train=False)
     out = jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, abstract[0]["image"])
     out = again.attach(out, model, jax.eval_shape(lambda: variables), train=True)
-    fitted = distillers.build(distillers.create(name, **OPTIONS.get(name, {})), out, {w: abstract[1][w] for w in widths}, abstract[0])
+    method = distillers.create(name, **OPTIONS.get(name, {}))
+    fitted = distillers.build(method, out, {w: abstract[1][w] for w in widths}, abstract[0])
     return fitted, dict(variables)
 
 
