@@ -16,6 +16,7 @@ import pytest
 from pwkd_jax import distillers, models, slimmable
 from pwkd_jax.distillers import compatibility
 from pwkd_jax.errors import UserError
+from pwkd_jax.models import again
 
 ROOT = Path(__file__).parents[1]
 WIDTHS, SHAPE, BATCH, CLASSES = (0.25, 0.5, 0.75, 1.0), (8, 8, 3), 8, 5
@@ -29,13 +30,13 @@ class Net(nn.Module):
     normed: bool = True
 
     @nn.compact
-    def __call__(self, x, train=False):
+    def __call__(self, x, train=False, start=0):
         preact, norms = [], []
-        for channels, stride in ((16, self.stride), (16, 1), (32, 2)):
-            pre = nn.Conv(models.channels(channels, self.width), (3, 3), strides=stride, padding=1)(x)
+        for i, (channels, stride) in list(enumerate(((16, self.stride), (16, 1), (32, 2))))[start:]:
+            pre = nn.Conv(models.channels(channels, self.width), (3, 3), strides=stride, padding=1, name=f"Conv_{i}")(x)
             scale = bias = jnp.ones(pre.shape[-1:])
             if self.normed:
-                norm = nn.BatchNorm(use_running_average=not train, momentum=0.9)
+                norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, name=f"BatchNorm_{i}")
                 pre = norm(pre)
                 scale, bias = (norm.variables["params"][k] for k in ("scale", "bias"))
             x = nn.relu(pre)
@@ -52,6 +53,8 @@ class Net(nn.Module):
 STILL = {"FT": "paraphraser", "SoKD": "policy"}
 # Heads whose boxes choose, without gradient, where the loss is taken: it falls where their choice is held.
 HELD = {"SoKD": ("heat", "size", "offset")}
+# All that is drawn from elsewhere: here the key is always the same.
+OPTIONS = {"fcfd": {"paths": 4}}
 # Students without batch norm, which compile in half the time.
 PAIRS = {
     "same shape": Net(normed=False),
@@ -68,11 +71,12 @@ def setup():
     images = rng.standard_normal((BATCH, *SHAPE)).astype(np.float32)
     labels = rng.integers(0, CLASSES, 40).astype(np.int32)
     index = rng.permutation(40)[:BATCH].astype(np.int32)
-    batch = {"image": images, "label": labels[index], "index": index, "dataset_label": labels}
-    taught = {
-        w: jax.jit(functools.partial(models.apply, net.members[w], train=False))(net.extract(params, statistics, w), images)[0]
-        for w in WIDTHS
-    }
+    batch = {"image": images, "strong": images[:, ::-1], "label": labels[index], "index": index, "dataset_label": labels}
+    taught = {}
+    for w in WIDTHS:
+        variables = net.extract(params, statistics, w)
+        out = jax.jit(functools.partial(models.apply, net.members[w], train=False))(variables, images)[0]
+        taught[w] = again.attach(out, net.members[w], variables, train=False)
     return jax.tree.map(jnp.asarray, (batch, taught))
 
 
@@ -82,7 +86,9 @@ def build(name: str, model: nn.Module, widths=(1.0,)):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (batch, taught))
     variables = model.init(jax.random.key(1), jnp.zeros((1, *SHAPE)), train=False)
     out = jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, abstract[0]["image"])
-    fitted = distillers.build(distillers.create(name), out, {w: abstract[1][w] for w in widths}, abstract[0])
+    out = again.attach(out, model, jax.eval_shape(lambda: variables), train=True)
+    method = distillers.create(name, **OPTIONS.get(name, {}))
+    fitted = distillers.build(method, out, {w: abstract[1][w] for w in widths}, abstract[0])
     return fitted, dict(variables)
 
 
@@ -134,7 +140,8 @@ def learns(fitted, variables, model, width) -> None:
     own, state = jax.jit(fitted.init)(jax.random.key(2))
 
     def objective(params, state, progress):
-        out, _ = models.apply(model, {**variables, "params": params["student"]}, batch["image"], train=True)
+        own = {**variables, "params": params["student"]}
+        out = again.attach(models.apply(model, own, batch["image"], train=True)[0], model, own, train=True)
         _, state, values = fitted(params["own"], state, width, out, taught[width], batch, progress, jax.random.key(3))
         return values["distillation"], state
 
@@ -176,6 +183,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 jax.config.update("jax_default_matmul_precision", "highest")
 from test_distiller_grid import PAIRS, build, setup
 from pwkd_jax import distillers, models
+from pwkd_jax.models import again
 from pwkd_jax.training import sharding
 mesh = sharding.make_mesh()
 assert mesh.size == 8
@@ -187,15 +195,16 @@ for name in sys.argv[1].split(","):
     progress = distillers.Progress(jnp.int32(0), jnp.int32(1000), jnp.float32(200.0))
 
     def loss(student, own, batch, teacher):
-        out, _ = models.apply(model, {**variables, "params": student}, batch["image"], train=True)
+        mine = {**variables, "params": student}
+        out = again.attach(models.apply(model, mine, batch["image"], train=True)[0], model, mine, train=True)
         return fitted(own, state, 1.0, out, teacher, batch, progress, jax.random.key(3))[0]
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     rows = lambda x: NamedSharding(mesh, P("data") if x.shape[:1] == (8,) else P())
     place = lambda tree: jax.tree.map(lambda x: jax.device_put(x, rows(x)), tree)
     one = step(variables["params"], own, batch, taught[1.0])
-    teacher = taught[1.0]._replace(head=jax.device_put(taught[1.0].head, NamedSharding(mesh, P())),
-                                   norms=jax.device_put(taught[1.0].norms, NamedSharding(mesh, P())))
+    teacher = taught[1.0]._replace(**{f: jax.device_put(getattr(taught[1.0], f), NamedSharding(mesh, P()))
+                                      for f in ("head", "norms", "again")})
     sharded = {f: place(getattr(teacher, f)) for f in ("logits", "stages", "preact", "pooled")}
     eight = step(variables["params"], own, place(batch), teacher._replace(**sharded))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight)):

@@ -11,6 +11,7 @@ import pytest
 from test_distiller_grid import Net, setup
 
 from pwkd_jax import distillers, models
+from pwkd_jax.models import again
 
 BY_IMAGE = ("logits", "stages", "preact", "pooled", "final")
 FEATURES = ("stages", "preact", "pooled", "final")
@@ -36,7 +37,7 @@ def test_bfloat16_at_the_extremes(name):
     pupil, width = Net(width=1.0 if name in SAME else 0.5), 1.0
     variables = pupil.init(jax.random.key(1), batch["image"][:1], train=False)
     two = {key: value if key == "dataset_label" else value[:2] for key, value in batch.items()}
-    out = models.apply(pupil, variables, two["image"], train=True)[0]
+    out = again.attach(models.apply(pupil, variables, two["image"], train=True)[0], pupil, variables, train=True)
     teacher = edited(taught[width], lambda x: x[:2], BY_IMAGE)
     fitted = distillers.build(distillers.create(name), *jax.eval_shape(lambda: (out, {width: teacher}, two)))
     own, state = fitted.init(jax.random.key(2))
@@ -48,8 +49,10 @@ def test_bfloat16_at_the_extremes(name):
 
     @jax.jit
     def both(out, teacher):
-        half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (out, teacher))
+        # Networks that run again keep their weights as they are.
+        half = [jax.tree.map(lambda x: x.astype(jnp.bfloat16), x._replace(again=None)) for x in (out, teacher)]
         full = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+        half, full = ([x._replace(again=y.again) for x, y in zip(pair, (out, teacher), strict=True)] for pair in (half, full))
         return [jax.value_and_grad(loss)(*inputs) for inputs in (half, full)]
 
     for case, change in CASES.items():

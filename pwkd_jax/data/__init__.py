@@ -13,6 +13,7 @@ from pwkd_jax.data.sources import class_names, load, load_split, many_sizes
 from pwkd_jax.data.splits import Dataset, Split, Streaming
 from pwkd_jax.data.stream import Stream, batches, eval_batches
 from pwkd_jax.data.user_data import Batches, as_split
+from pwkd_jax.data.views import strong
 
 __all__ = [
            "Batches",
@@ -36,4 +37,5 @@ __all__ = [
            "load_split",
            "many_sizes",
            "normalise",
+           "strong",
 ]  # fmt: skip

@@ -15,6 +15,9 @@ It may own parameters (connectors, trained with the student) and state (any othe
 total, ce_weight * CE + weight * loss, and every field is a config key under `student.distiller`. Under staging nothing of this
 changes: parameters are built for the widest teacher, and a stage uses their leading block (`connectors`).
 
+A true property `reruns` gives it student and teacher themselves, as `Outputs.again` (see `models.again`); a true `views` a
+strong view of the same images, batch["strong"] [B, H, W, C] (see `data.strong`).
+
 Two methods are optional. `initial(student, teacher, batch, progress) -> (loss, metrics)` alone is minimised, without cross
 entropy, for the first `initial_epochs` of the run, or of every stage where the field `initial_each_stage` is true; they are
 part of the stage, so that every arm has the same budget. `predict(student, teacher) -> logits` replaces the student's own
@@ -31,15 +34,18 @@ import flax.linen as nn
 
 from pwkd_jax import models
 from pwkd_jax.distillers.ab import AB
+from pwkd_jax.distillers.abkd import ABKD
 from pwkd_jax.distillers.at import AT
 from pwkd_jax.distillers.catkd import CATKD
 from pwkd_jax.distillers.cc import CC
-from pwkd_jax.distillers.connectors import START, Distillation, Progress, build, check_initial, fit, starts
+from pwkd_jax.distillers.connectors import START, Distillation, Progress, build, check_initial, fit, reruns, starts
 from pwkd_jax.distillers.crd import CRD
+from pwkd_jax.distillers.crld import CRLD
 from pwkd_jax.distillers.ctkd import CTKD
 from pwkd_jax.distillers.diffkd import DiffKD
 from pwkd_jax.distillers.dist import DIST
 from pwkd_jax.distillers.dkd import DKD
+from pwkd_jax.distillers.fcfd import FCFD
 from pwkd_jax.distillers.fitnet import FitNet
 from pwkd_jax.distillers.fsp import FSP
 from pwkd_jax.distillers.ft import FT
@@ -57,6 +63,7 @@ from pwkd_jax.distillers.pkt import PKT
 from pwkd_jax.distillers.reviewkd import ReviewKD
 from pwkd_jax.distillers.rkd import RKD
 from pwkd_jax.distillers.rld import RLD
+from pwkd_jax.distillers.scalekd import ScaleKD
 from pwkd_jax.distillers.sdd import SDD, SDDDKD
 from pwkd_jax.distillers.semckd import SemCKD
 from pwkd_jax.distillers.simkd import SimKD
@@ -72,15 +79,15 @@ from pwkd_jax.distillers.vkd import VkD
 from pwkd_jax.distillers.wkd import WKDF, WKDL
 from pwkd_jax.errors import UserError
 
-__all__ = ["BUILTIN", "START", "Distillation", "Progress", "Sum", "build", "check_initial", "create", "fields", "fit"]
+__all__ = ["BUILTIN", "START", "Distillation", "Progress", "Sum", "build", "check_initial", "create", "fields", "fit", "reruns"]
 
 BUILTIN = {
-    "ab": AB, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "ctkd": CTKD, "diffkd": DiffKD, "dist": DIST, "dkd": DKD,
-    "fitnet": FitNet, "fsp": FSP, "ft": FT, "ickd": ICKD, "kd": KD, "kdsvd": KDSVD, "mgd": MGD, "mlkd": MLKD, "nkd": NKD,
-    "norm": NORM, "nst": NST, "ofa": OFA, "ofd": OFD, "pkt": PKT, "reviewkd": ReviewKD, "rkd": RKD, "rld": RLD, "sdd": SDD,
-    "sdd_dkd": SDDDKD, "semckd": SemCKD, "simkd": SimKD, "sokd": SoKD, "sp": SP, "srd": SRD, "srrl": SRRL,
-    "streamlined": Streamlined, "student_friendly": StudentFriendly, "ttm": TTM, "vid": VID, "vkd": VkD, "wkd_f": WKDF,
-    "wkd_l": WKDL, "wttm": WTTM,
+    "ab": AB, "abkd": ABKD, "at": AT, "catkd": CATKD, "cc": CC, "crd": CRD, "crld": CRLD, "ctkd": CTKD, "diffkd": DiffKD,
+    "dist": DIST, "dkd": DKD, "fcfd": FCFD, "fitnet": FitNet, "fsp": FSP, "ft": FT, "ickd": ICKD, "kd": KD, "kdsvd": KDSVD,
+    "mgd": MGD, "mlkd": MLKD, "nkd": NKD, "norm": NORM, "nst": NST, "ofa": OFA, "ofd": OFD, "pkt": PKT, "reviewkd": ReviewKD,
+    "rkd": RKD, "rld": RLD, "scalekd": ScaleKD, "sdd": SDD, "sdd_dkd": SDDDKD, "semckd": SemCKD, "simkd": SimKD, "sokd": SoKD,
+    "sp": SP, "srd": SRD, "srrl": SRRL, "streamlined": Streamlined, "student_friendly": StudentFriendly, "ttm": TTM, "vid": VID,
+    "vkd": VkD, "wkd_f": WKDF, "wkd_l": WKDL, "wttm": WTTM,
 }  # fmt: skip
 
 
@@ -168,6 +175,14 @@ class Sum(nn.Module):
     @property
     def dataset_labels(self) -> bool:
         return any(getattr(part, "dataset_labels", False) for part in self.parts)
+
+    @property
+    def reruns(self) -> bool:
+        return any(getattr(part, "reruns", False) for part in self.parts)
+
+    @property
+    def views(self) -> bool:
+        return any(getattr(part, "views", False) for part in self.parts)
 
     def __call__(self, *inputs):
         results = [(getattr(part, "weight", 1.0), *part(*inputs)) for part in self.parts]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pwkd_jax import distillers, models
 from pwkd_jax.errors import UserError
+from pwkd_jax.models import again
 
 WIDTHS, BATCH, IMAGES = (0.25, 0.5, 0.75, 1.0), 16, 64
 # The student beside a resnet8 teacher on 16x16 images: (its width, its image size).
@@ -18,16 +19,17 @@ PAIRS = {"same shape": (1.0, 16), "other channels": (0.5, 16), "other size": (1.
 
 
 @functools.cache
-def _outputs(width: float, size: int) -> models.Outputs:
+def _outputs(width: float, size: int, train: bool = False) -> models.Outputs:
     model = models.create("resnet8", width=width)
     variables = models.abstract(model, (size, size, 3))
     images = jax.ShapeDtypeStruct((BATCH, size, size, 3), jnp.float32)
-    return jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, images)
+    out = jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, images)
+    return again.attach(out, model, variables, train)
 
 
 def _batch() -> dict[str, jax.ShapeDtypeStruct]:
     ints = {"label": (BATCH,), "index": (BATCH,), "dataset_label": (IMAGES,)}
-    return {"image": jax.ShapeDtypeStruct((BATCH, 16, 16, 3), jnp.float32)} | {
+    return dict.fromkeys(("image", "strong"), jax.ShapeDtypeStruct((BATCH, 16, 16, 3), jnp.float32)) | {
         name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in ints.items()
     }
 
@@ -35,7 +37,7 @@ def _batch() -> dict[str, jax.ShapeDtypeStruct]:
 @functools.cache
 def verdict(name: str, pair: str) -> dict[float, str]:
     """{teacher width: '' where the method serves this kind of pair, else its reason}."""
-    student = _outputs(*PAIRS[pair])
+    student = _outputs(*PAIRS[pair], train=True)
 
     def reason(widths: tuple[float, ...]) -> str:
         try:
@@ -76,7 +78,7 @@ def table() -> str:
     lines = [f"| method | reads | trains or keeps | {' | '.join(PAIRS)} |", "|---|---|---|" + "---|" * len(PAIRS)]
     notes: dict[str, int] = {}
     for name in sorted(distillers.BUILTIN):
-        fitted = distillers.build(distillers.create(name), _outputs(1.0, 16), {1.0: _outputs(1.0, 16)}, _batch())
+        fitted = distillers.build(distillers.create(name), _outputs(1.0, 16, True), {1.0: _outputs(1.0, 16)}, _batch())
         like = dict(fitted.likes[1.0])
         owns = (["connectors"] if like.pop("params", {}) else []) + (["state"] if like else [])
         owns += ["initial phase"] if hasattr(fitted.distiller, "initial") else []

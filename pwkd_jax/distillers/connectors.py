@@ -3,7 +3,7 @@ the widest teacher, and a stage cuts out their leading block."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ from pwkd_jax import models, slimmable
 from pwkd_jax.distillers import protocol
 from pwkd_jax.distillers.standardise import standardise
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import convolution
+from pwkd_jax.models import again, convolution
 
 
 class Progress(NamedTuple):
@@ -39,6 +39,11 @@ def check_initial(distiller: nn.Module, epochs: Sequence[float]) -> None:
             f"student.distiller.initial_epochs: {distiller.initial_epochs:g} epochs in which no label is seen fill {where}, of "
             f"{max(epochs):.3g} epochs; give fewer, such as {max(epochs) / 8:.2g}"
         )
+
+
+def reruns(distiller: Any) -> bool:
+    """Whether it runs the networks once more, see `models.again`."""
+    return getattr(distiller, "reruns", False)
 
 
 START = Progress(np.int32(0), np.int32(0), np.float32(0))
@@ -83,7 +88,7 @@ class Distillation:
         teacher = jax.lax.stop_gradient(teacher)
         ce = jnp.mean(slimmable.cross_entropy(student.logits, batch.get("target", batch["label"])))
         if self.standardise:
-            student, teacher = (out._replace(logits=standardise(out.logits)) for out in (student, teacher))
+            student, teacher = map(_standardised, (student, teacher))
         inputs = (student, teacher, batch, progress)
         with convolution.products():
             (loss, metrics), new = method.apply(block, *inputs, rngs=rngs, mutable=list(state))
@@ -138,6 +143,11 @@ class Distillation:
     ) -> jax.Array:
         """The logits by which a method that `predicts` wants its student judged."""
         return self._method(width).apply(self._block(params, state, width), student, teacher, method="predict")
+
+
+def _standardised(out: models.Outputs) -> models.Outputs:
+    later = out.again and dataclasses.replace(out.again, then=standardise)
+    return out._replace(logits=standardise(out.logits), again=later)
 
 
 def at_temperature(distiller: nn.Module, temperature: float) -> nn.Module:
@@ -216,17 +226,20 @@ def fit(
     }
     if index:
         batch["index"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    if getattr(distiller, "views", False):
+        batch["strong"] = batch["image"]
     if images:
         batch["dataset_label"] = jax.ShapeDtypeStruct((images,), jnp.int32)
 
-    def outputs(model: nn.Module) -> models.Outputs:
+    def outputs(model: nn.Module, train: bool = False) -> models.Outputs:
         variables = models.abstract(model, image_shape)
-        return jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, batch["image"])
+        out = jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, batch["image"])
+        return again.attach(out, model, variables, train) if reruns(distiller) else out
 
     try:
         return build(
-            distiller, outputs(student), {w: outputs(m) for w, m in teachers.items()}, batch, standardise=standardise,
-            temperatures=temperatures, mixed=mixed,
+            distiller, outputs(student, train=True), {w: outputs(m) for w, m in teachers.items()}, batch,
+            standardise=standardise, temperatures=temperatures, mixed=mixed,
         )  # fmt: skip
     except KeyError as e:
         if e.args[0] in ("index", "dataset_label"):

@@ -27,12 +27,35 @@ def _window(method: str, source: int, target: int) -> tuple[int, int, int]:
     )
 
 
+def resized(method: str, x: jax.Array, features: int, size: tuple[int, int], side: int = 1, kernel_init=uniform) -> jax.Array:
+    """[B, H, W, C] to [B, *size, features] by the calling module's layer `conv`, whose form follows from the sizes.
+
+    3x3 with stride 2 where the map is twice the target, a transposed 4x4 with stride 2 where it is half of it, where they agree
+    one of an odd `side`, else as large a kernel, without padding, as leaves `size`. Raises UserError where none does.
+    """
+    sides = zip(x.shape[1:3], size, strict=True)
+    kernel, stride, pad = zip(*(_window(method, *pair) for pair in sides), strict=True)
+    if 0 in stride:
+        if any(stride):
+            raise UserError(
+                f"student.distiller: {method} cannot double one side of a map alone: the student's is "
+                f"{x.shape[1:3]}, the teacher's {size}; choose a stage of the same proportions"
+            )
+        # Padding of the input spread out with zeros: 2 gives exactly twice the size, as PyTorch's 1 does.
+        up = nn.ConvTranspose(features, kernel, (2, 2), padding=(2, 2), use_bias=False, kernel_init=uniform, name="conv")
+        return up(x)
+    if kernel == (1, 1):
+        kernel, pad = (side, side), (side // 2, side // 2)
+    # Explicit padding: 'SAME' with stride 2 pads on one side only, unlike the reference.
+    padding = tuple((p, p) for p in pad)
+    return nn.Conv(features, kernel, stride, padding=padding, use_bias=False, kernel_init=kernel_init, name="conv")(x)
+
+
 class ConvReg(nn.Module):
     """FitNet's regressor: convolution, batch norm and ReLU, [B, H, W, C] to [B, *size, features].
 
-    The convolution follows from the sizes: 3x3 with stride 2 where the map is twice the target, a transposed 4x4 with
-    stride 2 where it is half of it, else as large a kernel, without padding, as leaves `size` (1x1 where they agree).
-    It has no bias, which the batch norm would take out again. method: who asks, for the refusal.
+    The convolution is that of `resized`; it has no bias, which the batch norm would take out again. method: who asks, for the
+    refusal.
     """
 
     features: int
@@ -42,23 +65,6 @@ class ConvReg(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        sides = zip(x.shape[1:3], self.size, strict=True)
-        kernel, stride, pad = zip(*(_window(self.method, *side) for side in sides), strict=True)
-        if 0 in stride:
-            if any(stride):
-                raise UserError(
-                    f"student.distiller: {self.method} cannot double one side of a map alone: the student's is "
-                    f"{x.shape[1:3]}, the teacher's {self.size}; choose a stage of the same proportions"
-                )
-            # Padding of the input spread out with zeros: 2 gives exactly twice the size, as PyTorch's 1 does.
-            convolution = nn.ConvTranspose(
-                self.features, kernel, (2, 2), padding=(2, 2), use_bias=False, kernel_init=uniform, name="conv"
-            )
-        else:
-            # Explicit padding: 'SAME' with stride 2 pads on one side only, unlike the reference.
-            padding = tuple((p, p) for p in pad)
-            convolution = nn.Conv(
-                self.features, kernel, stride, padding=padding, use_bias=False, kernel_init=uniform, name="conv"
-            )
-        x = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5, name="norm")(convolution(x))
+        x = resized(self.method, x, self.features, self.size)
+        x = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5, name="norm")(x)
         return nn.relu(x) if self.relu else x

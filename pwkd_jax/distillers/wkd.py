@@ -69,6 +69,32 @@ def gaussian_losses(student: jax.Array, teacher: jax.Array, grid: int, eps: floa
     return tuple(jnp.mean(jnp.sum((s - t) ** 2, axis=-1)) for s, t in zip(*moments, strict=True))
 
 
+def full_losses(student: jax.Array, teacher: jax.Array, grid: int) -> tuple[jax.Array, jax.Array]:
+    """As `gaussian_losses`, of full covariances S and T: spreads are means of tr(S + T - 2 (S^1/2 T S^1/2)^1/2) (Bures).
+
+    With the centred pixels A and B [n, C] of a cell, over sqrt(n - 1), that is |A|^2 + |B|^2 less twice the sum of the
+    singular values of A B' [n, n], so that no root of a C x C matrix is taken.
+    """
+    means, spreads = [], []
+    for rows in spans(student.shape[1], grid):
+        for columns in spans(student.shape[2], grid):
+            cells = [wide(x)[:, rows, columns].reshape(len(x), -1, x.shape[-1]) for x in (student, teacher)]
+            centres = [jnp.mean(x, axis=1) for x in cells]
+            a, b = ((x - c[:, None]) / (x.shape[1] - 1) ** 0.5 for x, c in zip(cells, centres, strict=True))
+            means.append(jnp.sum((centres[0] - centres[1]) ** 2, axis=-1))
+            spreads.append(jnp.sum(a**2, axis=(1, 2)) + jnp.sum(b**2, axis=(1, 2)) - 2 * nuclear(gram(a, b)))
+    return jnp.mean(jnp.stack(means)), jnp.mean(jnp.stack(spreads))
+
+
+def nuclear(x: jax.Array) -> jax.Array:
+    """[...]: the sum of the singular values of [..., n, n]; no gradient goes by those that are 0 to rounding."""
+    fixed = jax.lax.stop_gradient(x)
+    u, values, v = jnp.linalg.svd(fixed, full_matrices=False)
+    kept = values > values[..., :1] * values.shape[-1] * jnp.finfo(x.dtype).eps
+    polar = jnp.matmul(u * kept[..., None, :], v, precision="highest")
+    return jnp.sum(values, axis=-1) + jnp.sum(polar * (x - fixed), axis=(-2, -1))
+
+
 def fade(epoch: jax.Array, start: float, end: float) -> jax.Array:
     """1 up to epoch `start` of a stage, then half a cosine down to 0 at `end`."""
     return 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((epoch - start) / (end - start), 0, 1)))
@@ -114,18 +140,22 @@ class WKDF(nn.Module):
     """fade * (mean_weight * means + spreads) of `gaussian_losses` of the last maps, the student's through `ConvReg`.
 
     Defaults are the authors' for resnet32x4 to resnet8x4; wrn40-2 to ShuffleV1 has weight 0.3, mean_weight 3 and grid 4. The
-    fade is over a stage's epochs.
+    fade is over a stage's epochs. covariance: `full` takes `full_losses`, the paper's other form, which the authors' code does
+    not have.
     """
 
     ce_weight: float = 1.0
     weight: float = 0.08
     mean_weight: float = 4.0
     grid: int = 1
+    covariance: str = "diagonal"
     fade_start: float = 150.0
     fade_end: float = 240.0
 
     def __post_init__(self):
         above_zero(grid=self.grid)
+        if self.covariance not in ("diagonal", "full"):
+            raise UserError(f"covariance: {self.covariance!r} is not possible; it should be diagonal or full")
         _possible(self)
         super().__post_init__()
 
@@ -138,7 +168,8 @@ class WKDF(nn.Module):
                 f"student.distiller: WKD-F takes the spread of each cell's pixels, and a grid of {self.grid} leaves cells of "
                 f"one in the teacher's last map of {t.shape[1]}x{t.shape[2]}: take a coarser 'grid', or larger images"
             )
-        means, spreads = gaussian_losses(ConvReg(t.shape[-1], t.shape[1:3], "WKD-F", name="regressor")(s), t, self.grid)
+        losses = full_losses if self.covariance == "full" else gaussian_losses
+        means, spreads = losses(ConvReg(t.shape[-1], t.shape[1:3], "WKD-F", name="regressor")(s), t, self.grid)
         loss = fade(progress.epoch, self.fade_start, self.fade_end) * (self.mean_weight * means + spreads)
         return loss, {"means": means, "spreads": spreads}
 

@@ -29,7 +29,8 @@ class Outputs(NamedTuple):
     preact: the same maps before that ReLU. pooled: [B, D], what the classifier reads. head: the classifier's
     (kernel [D, classes], bias [classes]). norms: (scale [C], bias [C]) of the batch norm that feeds each preact map.
     stem: [B, H, W, C], what the first stage reads, before any pooling. final: [B, H, W, D], the map whose mean over pixels
-    is `pooled`. A model of your own may return bare logits; feature distillers then refuse it by name.
+    is `pooled`. A model of your own may return bare logits; feature distillers then refuse it by name. again: the network
+    itself, for a method that runs it once more, see `models.again`; no model returns it.
     """
 
     logits: jax.Array
@@ -40,6 +41,7 @@ class Outputs(NamedTuple):
     norms: tuple[tuple[jax.Array, jax.Array], ...] = ()
     stem: jax.Array | None = None
     final: jax.Array | None = None
+    again: Any = None
 
 
 class WidthError(UserError):
@@ -198,20 +200,22 @@ def apply(
 
 
 def forward(
-    model: nn.Module, variables: dict, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    model: nn.Module, variables: dict, images: jax.Array, *, train: bool, key: jax.Array | None = None, start: int = 0
 ) -> tuple[Outputs, dict]:
     """Outputs of images [B, H, W, C], and what training changes: {} in evaluation, else {"batch_stats": tree} and, of a model
     with collections of its own, {collection: tree}.
 
-    key: of every stream that the model draws from; None draws nothing.
+    key: of every stream that the model draws from; None draws nothing. start: where it is above 0, `images` are maps in the
+    place of the start-th of `stages`, and only what comes after it runs; a model's own argument, see `models.contract`.
     """
+    options: dict[str, Any] = {"start": start} if start else {}
     if not train:
-        return as_outputs(model.apply(variables, images, train=False)), {}
+        return as_outputs(model.apply(variables, images, train=False, **options)), {}
     own = collections(variables)
     # Flax takes the stream "params" where a model asks for one that was not given, whatever its name.
     rngs = {} if key is None else {"rngs": {"dropout": key, "params": jax.random.fold_in(key, 1)}}
     with convolution.products():
-        out, updated = model.apply(variables, images, train=True, mutable=["batch_stats", *own], **rngs)
+        out, updated = model.apply(variables, images, train=True, mutable=["batch_stats", *own], **rngs, **options)
     updated = dict(updated)
     # In bfloat16 a model may compute them so; they are kept as they began.
     kept = {k: jax.tree.map(lambda x, old: x.astype(old.dtype), updated.get(k, tree), tree) for k, tree in own.items()}

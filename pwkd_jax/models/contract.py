@@ -3,6 +3,10 @@
 A model of your own is called as `model(images [B, H, W, C] float, train=True or False)`. It has float parameters, returns
 logits [B, classes] or `models.Outputs`, and what else it keeps (a collection of its own) has the same shapes after a step as
 before.
+
+It may take one argument more, for methods that let one network's later stages read another's map (`models.again`): in
+`model(maps, train, start=i)` with i above 0, `maps` stand in the place of the i-th of its `stages`, and what comes after runs
+and is returned: Outputs with the later `stages`. A true attribute `signed` says that its `stages` pass no ReLU.
 """
 
 import dataclasses
@@ -18,7 +22,7 @@ from flax.traverse_util import flatten_dict
 
 from pwkd_jax import models
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import image_sizes, sight
+from pwkd_jax.models import again, image_sizes, sight
 
 CALL = "it is called as model(images, train=True or False)"
 RIGHT = "it should return logits [images, classes], or pwkd_jax.Outputs(logits, ...)"
@@ -84,13 +88,30 @@ def _own(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     _variables(model, variables)
     with _explained(model, f"on images of {size} with train=False", train=False):
         out, _ = models.traced(model, variables, image_shape, train=False)
-    classes = _outputs(model, out, size, 2)
+    classes, given = _outputs(model, out, size, 2), models.as_outputs(out)
     with _explained(model, f"on images of {size} with train=True", train=True):
         out, kept = models.traced(model, variables, image_shape, train=True, key=models.draws(model, image_shape))
     if _outputs(model, out, size, 2) != classes:
         raise UserError(f"{_name(model)} returns logits of another shape with train=True; both should be of one")
     _kept(model, variables, kept)
+    _resumes(model, variables, given, size)
     return classes
+
+
+def _resumes(model: nn.Module, variables: dict, given: models.Outputs, size: str) -> None:
+    """UserError unless a model that takes `start` goes on from each of its stages' maps."""
+    if not again.resumes(model):
+        return
+    for i, x in enumerate(given.stages, start=1):
+        with _explained(model, f"from the map of its stage {i} on (start={i})", train=False):
+            run = functools.partial(models.forward, model, train=False, start=i)
+            later = jax.eval_shape(lambda v, x, run=run: run(v, x)[0], variables, x)
+        maps = [tuple(getattr(m, "shape", ())) for m in later.stages]
+        if (later.logits.shape, maps) != (given.logits.shape, [m.shape for m in given.stages[i:]]):
+            raise UserError(
+                f"{_name(model)} returns other shapes with start={i} than from images of {size}; it should return the same "
+                "logits and the stages after that one"
+            )
 
 
 def _takes_train(model: nn.Module) -> None:

@@ -22,6 +22,8 @@ KNOWN = ("MobileNetV2", "imagenet_MobileNetV1", "imagenet_MobileNetV2")
 GROUPS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 # RepDistiller's for 32x32: half of the channels, rounded down, and no stride in the second group.
 SMALL = tuple((t, c // 2, n, 1 if i == 1 else s) for i, (t, c, n, s) in enumerate(GROUPS))
+# Groups of V2, counted from 0, whose outputs are the stages.
+V2_STAGES = (1, 2, 4, 6)
 # (channels, stride) of V1's blocks, and those whose outputs are the stages.
 V1_BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
 V1_STAGES = (3, 5, 11, 13)
@@ -82,24 +84,28 @@ class MobileNetV2(nn.Module):
     divisor: int = 0
     drop_path: float = 0.0
     dropout: float = 0.0
+    signed = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
+    def __call__(self, x: jax.Array, train: bool = False, start: int = 0) -> Outputs:
         norm, relu = partial(BatchNorm, use_running_average=not train), nn.relu6 if self.relu6 else nn.relu
         slim = partial(channels, width=self.width, divisor=self.divisor)
-        x = Conv(slim(self.stem), (3, 3), strides=2, padding=1, name="stem_conv")(x)
-        x = first = relu(norm(name="stem_bn")(x))
+        first, begin = None, V2_STAGES[start - 1] + 1 if start else 0
+        if not start:
+            x = Conv(slim(self.stem), (3, 3), strides=2, padding=1, name="stem_conv")(x)
+            x = first = relu(norm(name="stem_bn")(x))
         stages, norms, before = [], [], self.stem
         drops = iter(drop_rates(train * self.drop_path, sum(n for _, _, n, _ in self.groups)))
         for g, (expansion, full, count, stride) in enumerate(self.groups):
             for b in range(count):
-                step = stride if b == 0 else 1
+                step, drop, read, before = stride if b == 0 else 1, next(drops), before, full
+                if g < begin:
+                    continue
                 expand = expansion > 1 or self.expand_first
-                block = InvertedResidual(slim(before) * expansion, slim(full), step, expand, step == 1 and before == full,
-                                         self.relu6, next(drops), name=f"group{g + 1}_block{b + 1}")  # fmt: skip
+                block = InvertedResidual(slim(read) * expansion, slim(full), step, expand, step == 1 and read == full,
+                                         self.relu6, drop, name=f"group{g + 1}_block{b + 1}")  # fmt: skip
                 x, last = block(x, train)
-                before = full
-            if g in (1, 2, 4, 6):
+            if g in V2_STAGES and g >= begin:
                 stages.append(x)
                 norms.append(last)
         x = relu(norm(name="last_bn")(Conv(slim(1280), (1, 1), name="last_conv")(x)))
@@ -135,19 +141,24 @@ class MobileNetV1(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
+    def __call__(self, x: jax.Array, train: bool = False, start: int = 0) -> Outputs:
         norm = partial(BatchNorm, use_running_average=not train)
         slim = partial(channels, width=self.width, divisor=self.divisor)
-        x = Conv(slim(32), (3, 3), strides=2, padding=1, kernel_init=uniform, name="stem_conv")(x)
-        x = first = nn.relu(norm(name="stem_bn")(x))
+        first, begin = None, V1_STAGES[start - 1] if start else 0
+        if not start:
+            x = Conv(slim(32), (3, 3), strides=2, padding=1, kernel_init=uniform, name="stem_conv")(x)
+            x = first = nn.relu(norm(name="stem_bn")(x))
         preact, norms, before = [], [], 32
         for i, (full, stride) in enumerate(V1_BLOCKS, start=1):
-            x = depthwise(slim(before), stride, kernel_init=uniform, name=f"block{i}_depthwise_conv")(x)
+            read, before = before, full
+            if i <= begin:
+                continue
+            x = depthwise(slim(read), stride, kernel_init=uniform, name=f"block{i}_depthwise_conv")(x)
             x = nn.relu(norm(name=f"block{i}_depthwise_bn")(x))
             x = Conv(slim(full), (1, 1), kernel_init=uniform, name=f"block{i}_pointwise_conv")(x)
             last = norm(name=f"block{i}_pointwise_bn")
             pre = last(x)
-            x, before = nn.relu(pre), full
+            x = nn.relu(pre)
             if i in V1_STAGES:
                 preact.append(pre)
                 norms.append(affine(last))

@@ -45,8 +45,11 @@ class Computed:
         """The model's own fresh variables, float32."""
         return self.model.init(rngs, images, train=train)
 
-    def apply(self, variables: dict, images: jax.Array, train: bool = False, mutable=False, rngs: dict | None = None):
-        """Outputs of images [B, H, W, C], and with `mutable` (Outputs, {collection: tree}) as Flax returns them.
+    def apply(
+        self, variables: dict, images: jax.Array, train: bool = False, mutable=False, rngs: dict | None = None, start: int = 0
+    ):
+        """Outputs of images [B, H, W, C], and with `mutable` (Outputs, {collection: tree}) as Flax returns them. start: see
+        `models.forward`.
 
         rngs: {"dropout": key} of a model that draws in training. A batch smaller than a group is one group. Raises UserError
         where `group` does not divide a larger one.
@@ -54,21 +57,21 @@ class Computed:
         variables = {**variables, "params": _cast(variables["params"], self.dtype)}
         images = _cast(images, self.dtype)
         if not train:
-            return _float32(models.apply(self.model, variables, images, train=False)[0])
+            return _float32(models.forward(self.model, variables, images, train=False, start=start)[0])
         count, left = divmod(len(images), self.group or len(images))
         if count and left:
             raise UserError(f"batch_norm_group: a batch of {len(images)} images does not divide into groups of {self.group}")
         key = rngs["dropout"] if rngs else None
         if count <= 1:
-            out, kept = models.forward(self.model, variables, images, train=True, key=key)
+            out, kept = models.forward(self.model, variables, images, train=True, key=key, start=start)
         else:
-            out, kept = _grouped(self.model, variables, images, count, key)
+            out, kept = _grouped(self.model, variables, images, count, key, start)
         out = _float32(out)
         return (out, kept) if mutable else out
 
 
 def _grouped(
-    model: nn.Module, variables: dict, images: jax.Array, count: int, key: jax.Array | None
+    model: nn.Module, variables: dict, images: jax.Array, count: int, key: jax.Array | None, start: int
 ) -> tuple[models.Outputs, dict]:
     """Outputs [B, ...] and {collection: tree}, the mean of what `count` groups of consecutive images [B, H, W, C] leave.
 
@@ -79,7 +82,7 @@ def _grouped(
 
     # Under vmap a convolution's extra batch axis is only a reshape of its images, one layer of the model one program.
     def one(x, *key):
-        return models.forward(model, variables, x, train=True, key=key[0] if key else None)
+        return models.forward(model, variables, x, train=True, key=key[0] if key else None, start=start)
 
     out, kept = jax.vmap(one, out_axes=(axes, 0))(images.reshape(count, -1, *images.shape[1:]), *keys)
     merged = {

@@ -91,14 +91,16 @@ class ResNet(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
+    def __call__(self, x: jax.Array, train: bool = False, start: int = 0) -> Outputs:
         stem, *inner = (channels(c, self.width, self.divisor) for c in self.full_channels)
         expansion = 4 if self.bottleneck else 1
-        size, stride = (7, 2) if self.large_stem else (3, 1)
-        x = Conv(stem, (size, size), strides=stride, padding=size // 2, name="stem_conv")(x)
-        x = first = nn.relu(BatchNorm(use_running_average=not train, name="stem_bn")(x))
-        if self.large_stem:
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        first = None
+        if not start:
+            size, stride = (7, 2) if self.large_stem else (3, 1)
+            x = Conv(stem, (size, size), strides=stride, padding=size // 2, name="stem_conv")(x)
+            x = first = nn.relu(BatchNorm(use_running_average=not train, name="stem_bn")(x))
+            if self.large_stem:
+                x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         preact, norms, before = [], [], self.full_channels[0]
         drops = iter(drop_rates(train * self.drop_path, sum(self.blocks)))
         for s, (count, full) in enumerate(zip(self.blocks, self.full_channels[1:], strict=True)):
@@ -106,13 +108,17 @@ class ResNet(nn.Module):
                 stride = 2 if s and not b else 1
                 # Decided at full width, so that every width has the same tree of parameters.
                 project = not b and (stride != 1 or before != full * expansion)
+                drop = next(drops)
+                if s < start:
+                    continue
                 block = Block(inner[s] * expansion, stride, project, self.bottleneck, self.zero_gamma,
-                              next(drops), name=f"stage{s + 1}_block{b + 1}")  # fmt: skip
+                              drop, name=f"stage{s + 1}_block{b + 1}")  # fmt: skip
                 pre, norm = block(x, train)
                 x = nn.relu(pre)
             before = full * expansion
-            preact.append(pre)
-            norms.append(norm)
+            if s >= start:
+                preact.append(pre)
+                norms.append(norm)
         pooled = jnp.mean(x, axis=(1, 2))
         logits, head = classify(pooled, self.num_classes, dropout=train * self.dropout)
         stages = tuple(nn.relu(p) for p in preact)

@@ -75,15 +75,19 @@ class ShuffleV1(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
+    def __call__(self, x: jax.Array, train: bool = False, start: int = 0) -> Outputs:
         divisor = math.lcm(self.divisor, GROUPS) if self.divisor else 0
         slim = partial(channels, width=self.width, divisor=divisor)
-        x = Conv(slim(self.full_channels[0]), (1, 1), name="stem_conv")(x)
-        x = first = nn.relu(BatchNorm(use_running_average=not train, name="stem_bn")(x))
+        first = None
+        if not start:
+            x = Conv(slim(self.full_channels[0]), (1, 1), name="stem_conv")(x)
+            x = first = nn.relu(BatchNorm(use_running_average=not train, name="stem_bn")(x))
         preact, norms = [], []
         for s, (count, before, full) in enumerate(
             zip(self.blocks, self.full_channels, self.full_channels[1:], strict=False)
         ):
+            if s < start:
+                continue
             for b in range(count):
                 # The first unit of a stage makes only the channels that the pooled input does not bring.
                 features, own = (slim(full), full) if b else (slim(full) - slim(before), full - before)
@@ -151,13 +155,17 @@ class ShuffleV2(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
+    def __call__(self, x: jax.Array, train: bool = False, start: int = 0) -> Outputs:
         norm = partial(BatchNorm, use_running_average=not train)
         slim = partial(channels, width=self.width, divisor=self.divisor)
-        x = Conv(slim(self.full_channels[0]), (1, 1), name="stem_conv")(x)
-        x = first = nn.relu(norm(name="stem_bn")(x))
+        first = None
+        if not start:
+            x = Conv(slim(self.full_channels[0]), (1, 1), name="stem_conv")(x)
+            x = first = nn.relu(norm(name="stem_bn")(x))
         stages, preact = [], []
         for s, (count, full) in enumerate(zip(self.blocks, self.full_channels[1:-1], strict=True), start=1):
+            if s <= start:
+                continue
             # Two equal branches, whose channels are rounded to a whole number at least.
             features = 2 * channels(full // 2, self.width, self.divisor or 1)
             x = Down(features, name=f"stage{s}_block1")(x, train)

@@ -27,7 +27,9 @@ class Sight(nn.Module):
     def setup(self):
         nn.share_scope(self, self.network)
 
-    def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
+    def __call__(self, images: jax.Array, train: bool = False, start: int = 0) -> Outputs:
+        if start:
+            return self.network(images, train, start=start)
         if self.size:
             shape = (self.size, self.size, images.shape[-1])
             # One by one: an export does not know how many there are.

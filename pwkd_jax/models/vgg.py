@@ -37,12 +37,17 @@ class VGG(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
-        pools = (0, 1, 2, 3) if x.shape[1] >= 64 else (0, 1, 2)
+    def __call__(self, x: jax.Array, train: bool = False, start: int = 0) -> Outputs:
+        # The images' height; where it matters, every stage before `start` has halved it.
+        pools = (0, 1, 2, 3) if x.shape[1] << start >= 64 else (0, 1, 2)
         norm = partial(BatchNorm, use_running_average=not train)
         preact, norms = [], []
         for i, (count, full) in enumerate(zip(self.blocks, self.full_channels, strict=True)):
             features = channels(full, self.width, self.divisor)
+            if start and i <= start:
+                # What is given is block `start`'s map, before its pooling.
+                x = nn.max_pool(x, (2, 2), (2, 2)) if i == start and i in pools else x
+                continue
             for j in range(count):
                 y = Conv(features, (3, 3), padding=1, use_bias=True, name=f"block{i}_conv{j}")(x)
                 bn = norm(name=f"block{i}_bn{j}")
@@ -54,8 +59,8 @@ class VGG(nn.Module):
                 x = nn.max_pool(x, (2, 2), (2, 2))
         pooled = jnp.mean(x, axis=(1, 2))
         logits, head = classify(pooled, self.num_classes, small_normal, nn.initializers.zeros, train * self.dropout)
-        stem, *stages = (nn.relu(p) for p in preact)
-        return Outputs(logits, tuple(stages), tuple(preact[1:]), pooled, head, tuple(norms[1:]), stem, x)
+        maps, own = tuple(nn.relu(p) for p in preact), not start  # the first block is the stem
+        return Outputs(logits, maps[own:], tuple(preact[own:]), pooled, head, tuple(norms[own:]), maps[0] if own else None, x)
 
     @staticmethod
     def torch_names(module: str) -> tuple[str, ...]:

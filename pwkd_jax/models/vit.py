@@ -59,7 +59,8 @@ class ViT(nn.Module):
     """Images [B, H, W, C], H and W multiples of `patch`, to Outputs.
 
     pooled is the class token after the last norm. stages are the patch tokens of the residual stream after each quarter of
-    the blocks, as maps [B, H / patch, W / patch, features]; they pass no ReLU, so `preact` holds the same maps.
+    the blocks, as maps [B, H / patch, W / patch, features]; they pass no ReLU, so `preact` holds the same maps. They lack the
+    class token: from a stage on (`start`) it begins anew, and sees the later blocks alone.
     features: channels of the stream; heads, and hidden = 4 * features, are those at width 1. divisor: of the hidden layer,
     see `models.channels`. drop_path, dropout: as those of `resnet.ResNet`.
     """
@@ -73,21 +74,27 @@ class ViT(nn.Module):
     divisor: int = 0
     drop_path: float = 0.0
     dropout: float = 0.0
+    signed = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
+    def __call__(self, x: jax.Array, train: bool = False, start: int = 0) -> Outputs:
         heads = channels(self.heads, self.width, 1)
         hidden = channels(4 * self.features, self.width, self.divisor)
-        size = (self.patch, self.patch)
-        starts = {"kernel_init": uniform, "bias_init": uniform_bias(self.patch**2 * x.shape[-1])}
-        x = stem = nn.Conv(self.features, size, strides=size, padding="VALID", name="patch_conv", **starts)(x)
+        size, stem = (self.patch, self.patch), None
+        if not start:
+            starts = {"kernel_init": uniform, "bias_init": uniform_bias(self.patch**2 * x.shape[-1])}
+            x = stem = nn.Conv(self.features, size, strides=size, padding="VALID", name="patch_conv", **starts)(x)
         batch, height, width, features = x.shape
         x = x.reshape(batch, height * width, features)
         token = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, features))
         x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, features)), x], axis=1)
-        x = x + self.param("position", normal, (1, height * width + 1, features))
-        stages = []
+        position = self.param("position", normal, (1, height * width + 1, features))
+        # A stage's map is past its positions; its class token, which no map has, begins anew.
+        x = x.at[:, 0].add(position[:, 0]) if start else x + position
+        stages, begin = [], ([b for b in range(1, self.depth + 1) if 4 * b % self.depth == 0][start - 1] if start else 0)
         for b, drop in enumerate(drop_rates(train * self.drop_path, self.depth), start=1):
+            if b <= begin:
+                continue
             x = Block(heads, self.features // self.heads, hidden, drop, name=f"block{b}")(x)
             if 4 * b % self.depth == 0:
                 stages.append(x[:, 1:].reshape(batch, height, width, features))

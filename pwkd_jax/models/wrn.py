@@ -63,27 +63,35 @@ class WideResNet(nn.Module):
     divisor: int = 0
     drop_path: float = 0.0
     dropout: float = 0.0
+    signed = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> Outputs:
+    def __call__(self, x: jax.Array, train: bool = False, start: int = 0) -> Outputs:
         stem, *features = (channels(c, self.width, self.divisor) for c in self.full_channels)
-        x = first = Conv(stem, (3, 3), padding=1, name="stem_conv")(x)
+        first = None
+        if not start:
+            x = first = Conv(stem, (3, 3), padding=1, name="stem_conv")(x)
         sums, preact, norms = [], [], []
         drops = iter(drop_rates(train * self.drop_path, 3 * self.blocks))
         for s in range(3):
             for b in range(self.blocks):
                 project = not b and self.full_channels[s] != self.full_channels[s + 1]
-                stride = 2 if s and not b else 1
-                block = Block(features[s], stride, project, next(drops), name=f"stage{s + 1}_block{b + 1}")
+                stride, drop = 2 if s and not b else 1, next(drops)
+                if s < start:
+                    continue
+                block = Block(features[s], stride, project, drop, name=f"stage{s + 1}_block{b + 1}")
                 x, normed, norm = block(x, train)
-                if s and not b:  # the norm that the previous stage's sum runs into
+                if s > start and not b:  # the norm that the previous stage's sum runs into
                     preact.append(normed)
                     norms.append(norm)
-            sums.append(x)
+            if s >= start:
+                sums.append(x)
         last = BatchNorm(use_running_average=not train, name="final_bn")
-        preact.append(last(x))
-        norms.append(affine(last))
-        final = nn.relu(preact[-1])
+        normed = last(x)
+        if sums:
+            preact.append(normed)
+            norms.append(affine(last))
+        final = nn.relu(normed)
         pooled = jnp.mean(final, axis=(1, 2))
         logits, head = classify(pooled, self.num_classes, bias_init=nn.initializers.zeros, dropout=train * self.dropout)
         return Outputs(logits, tuple(sums), tuple(preact), pooled, head, tuple(norms), first, final)

@@ -107,7 +107,7 @@ def programs(
         step = students.make_step(
             student, members, widths, distillation, plan, *rule, task.preprocess, images=len(task.train), same_crop=same_crop,
             data_seed=data_seed, several=several, own=metrics, mix=mix, accumulate=accumulate,
-            fixed=fixed, mutual=mutual, fusion=fusion,
+            fixed=fixed, mutual=mutual, fusion=fusion, strong=task.strong,
         )  # fmt: skip
         step = averaging.averaging(step, ema) if ema else step
         step = skipping(step) if skip else step

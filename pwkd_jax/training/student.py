@@ -12,7 +12,8 @@ import optax
 
 from pwkd_jax import models, slimmable
 from pwkd_jax.data import Mixing
-from pwkd_jax.distillers import Distillation, Progress
+from pwkd_jax.distillers import Distillation, Progress, reruns
+from pwkd_jax.models import again
 from pwkd_jax.stages import Stage, place
 from pwkd_jax.training import accumulation, averaging, dot, freezing, metrics
 from pwkd_jax.training.fusion import Fusion
@@ -78,6 +79,7 @@ def make_step(
     fixed: Sequence[str] = (),
     mutual: Mutual | None = None,
     fusion: Fusion | None = None,
+    strong: Callable | None = None,
 ) -> Callable:
     """step(state, batch, teacher) -> (state, metrics) for the stages that `widths` teach; no widths is no teacher.
 
@@ -88,9 +90,10 @@ def make_step(
     per-image values [B]}: metrics besides ours. mix: what becomes of images and labels; the teacher sees the same ones, unless
     it has crops of its own. accumulate: parts of a batch, see `accumulation`; the teacher sees one at a time too.
     fixed: parts of the student that stay as they are, see `freezing`. mutual, fusion: what several students learn from each
-    other; at most one of these.
+    other; at most one of these. strong: `preprocess` to a strong view, for methods that ask for one.
     """
-    locate = place(plan)
+    views = bool(widths) and getattr(distillation.distiller, "views", False)
+    locate, as_predicting = place(plan), functools.partial(freezing.as_predicting, fixed)
 
     def train(state: State, batch: dict, teacher: dict[float, dict]):
         common = state if data_seed is None else state.replace(seed=jnp.uint32(data_seed))
@@ -100,6 +103,8 @@ def make_step(
             inputs, targets = mix(rng(common, 5), inputs, batch["label"])
             teacher_images = inputs if same_crop else mix(rng(common, 6), teacher_images, batch["label"])[0]
             batch = batch | {"label": jnp.argmax(targets, -1), "target": mix.weigh(targets)}
+        if views:
+            batch = batch | {"strong": strong(rng(common, 7), batch["image"])}
         batch = batch | {"image": inputs}
         stage, at = locate(state.step)
         progress = Progress(stage, at, at * (len(batch["label"]) / images))
@@ -108,15 +113,25 @@ def make_step(
 
         def taught_by(width: float | None):
             def look(images: jax.Array):
-                return None if width is None else models.apply(teachers[width], teacher[width], images, train=False)[0]
+                if width is None:
+                    return None
+                frozen = teachers[width], teacher[width]
+                out = models.apply(*frozen, images, train=False)[0]
+                return again.attach(out, *frozen, train=False) if reruns(distillation.distiller) else out
 
             whole = look(teacher_images) if accumulate == 1 else None  # once for all students
 
             def forward(params, collections, keys, images):
                 key = keys[1] if models.draws(model, inputs.shape[1:]) else None
                 own_params = params | {"student": freezing.stopped(params["student"], fixed)}
-                with freezing.as_predicting(fixed):
+                with as_predicting():
                     return models.forward(model, read(own_params, collections), images, train=True, key=key)
+
+            def with_itself(out, params, collections):
+                if width is None or not reruns(distillation.distiller):
+                    return out
+                own_params = params | {"student": freezing.stopped(params["student"], fixed)}
+                return again.attach(out, model, read(own_params, collections), True, as_predicting)
 
             def said(state: State, _):
                 out = forward(state.params, state.collections, (rng(state, 3), rng(state, 4)), inputs)[0]
@@ -145,8 +160,9 @@ def make_step(
                     values = {**seen, "cross_entropy": loss, **heard}
                     return loss + more, (_collections(kept, collections["distiller"], online), values)
                 loss, known, values = distillation(
-                    params["distiller"], collections["distiller"], width, out, taught, batch, progress, keys[0]
-                )
+                    params["distiller"], collections["distiller"], width, with_itself(out, params, collections), taught, batch,
+                    progress, keys[0],
+                )  # fmt: skip
                 return loss + more, (_collections(kept, known, online), {**seen, **values, **heard})
 
             apart = isinstance(tx, dot.Apart) and width is not None

@@ -55,6 +55,11 @@ class Task:
         """What a training step does to its images: `augment`, then `normalise`."""
         return self.normalise(self.augment(key, images) if self.augment else images)
 
+    def strong(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """`preprocess` to a strong view, see `data.strong`."""
+        weak = self.augment(key, images) if self.augment else images
+        return self.normalise(data.strong(jax.random.fold_in(key, 6), weak))
+
     @functools.cached_property
     def stored(self) -> dict[str, jax.Array]:
         """The training data on the devices, once for all runs."""

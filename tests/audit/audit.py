@@ -30,15 +30,19 @@ ABOUT = (
 
 
 def cases(only: list[str]) -> list[compare.Case]:
+    import crld_cases
     import diffkd_cases
+    import fcfd_cases
     import feature_cases
     import logit_cases
     import module_cases
     import recent_cases
     import relation_cases
+    import scalekd_cases
     import sokd_cases
 
-    modules = (logit_cases, relation_cases, feature_cases, module_cases, sokd_cases, recent_cases, diffkd_cases)
+    modules = (logit_cases, relation_cases, feature_cases, module_cases, sokd_cases, recent_cases, diffkd_cases, fcfd_cases,
+               scalekd_cases, crld_cases)  # fmt: skip
     found = [c for m in modules for c in m.CASES]
     return [c for c in found if not only or c.method in only]
 

@@ -18,6 +18,10 @@ DIST_FILE = "configs/strategies/distill/dist_cifar.yaml"
 SDD, WKD, NORM = "shicaiwei123/SDD-CVPR2024", "JiamingLv/WKD", "OSVAI/NORM"
 WKD_FILES, DIFF = "configs/cifar100/wkd_{}/res32x4_res8x4.yaml", "configs/strategies/distill/diffkd/diffkd_b1.yaml"
 
+FCFD, FCFD_FILE = "LiuDongyang6/FCFD", "classification/experiments/cifar/resnet8x4-resnet32x4.yaml"
+SCALEKD = "deep-optimization/ScaleKD"
+SCALEKD_FILE = "configs/distillers/traditional_traning_strategy/swin-l_distill_res50_img_s3_s4.py"
+
 
 def flag(method: str, letter: str) -> str:
     return rf"--distill {method} [^\n]*-{letter} ([\d.]+)"
@@ -116,6 +120,22 @@ DEFAULTS = {
              ("parts", NORM, "README.md", r"-b 1.0 -s (\d+)"), ("scale", NORM, "train_cifar_student.py", argument("ceta")),
              ("temperature", NORM, "train_cifar_student.py", argument("kd_T"))],
     "vkd": [("weight", "roymiles/VkD", "main_distributed.py", argument("alpha"))],
+    "abkd": [("weight", "ghwang-s/abkd", "README.md", r"# gpu_id\s+([\d.]+)\s+# b \(weight"),
+             ("alpha", "ghwang-s/abkd", "README.md", r"([\d.]+) \\\s+# start_alpha\s"),
+             ("temperature", "ghwang-s/abkd", "standard_classification/train_student.py", argument("kd_T"))],
+    "fcfd": [
+        ("temperature", FCFD, FCFD_FILE, r"\nT: ([\d.]+)"), ("feature_weight", FCFD, FCFD_FILE, r"weight_l2: ([\d.]+)"),
+        ("ce_weight", FCFD, FCFD_FILE, r"loss_student:\s+label:\s+x: \[0\]\s+y: \[([\d.]+)\]"),
+        ("paths", FCFD, "classification/cifar/main.py", r"'--extra_paths', type=int, default=(\d+)"),
+        ("ramp_epochs", FCFD, "classification/cifar/main.py", r"if epoch < (\d+):")],
+    "scalekd": [("kd_weight", SCALEKD, SCALEKD_FILE, r"temp=1.0,\s+alpha=([\d.]+)"),
+                ("ce_weight", SCALEKD, SCALEKD_FILE, r"temp=1.0,\s+alpha=([\d.]+)"),
+                ("temperature", SCALEKD, SCALEKD_FILE, r"temp=([\d.]+)"),
+                ("spatial", SCALEKD, SCALEKD_FILE, r"alpha=\[([\d.]+),"),
+                ("frequency", SCALEKD, SCALEKD_FILE, r"alpha=\[[\d.]+, ([\d.]+)\]")],
+    "crld": [(ours, "scx-822/CRLD-main", CFG, config(f"CRLD.{theirs}")) for ours, theirs in (
+        ("ce_weight", "CE_WEIGHT"), ("same_weight", "WV_WEIGHT"), ("cross_weight", "CV_WEIGHT"),
+        ("temperature", "TEMPERATURE"), ("sure_weak", "TAU_W"), ("sure_strong", "TAU_S"))],
     "diffkd": [("ce_weight", DIST, DIFF, r"ori_loss_weight: ([\d.]+)"), ("weight", DIST, DIFF, r"\nkd_loss_weight: ([\d.]+)"),
                ("temperature", DIST, DIFF, r"tau: ([\d.]+)"),
                ("steps", DIST, "lib/models/losses/diffkd/diffkd.py", r"inference_steps=(\d+)")],

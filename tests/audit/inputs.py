@@ -1,11 +1,13 @@
 """Seeded arrays that both sides compute on: what two networks give, and weights of connectors. No torch here."""
 
+import itertools
 import zlib
 
 import jax.numpy as jnp
 import numpy as np
+import staged
 
-from pwkd_jax.models import Outputs
+from pwkd_jax.models import Outputs, again
 
 BATCH, CLASSES, IMAGES = 8, 10, 64
 SHAPES = (((6, 8), (10, 8), (14, 4)), ((8, 8), (12, 8), (20, 4)))  # (channels, side) of the student's and the teacher's stages
@@ -33,28 +35,32 @@ def leaves(seed: int = 0, shapes=SHAPES) -> tuple[dict, dict]:
         a["size"], a["offset"] = (rng.uniform(0, most, (BATCH, 2, side, side)) for most in (6, 1.5))
         a["areas"] = rng.uniform(0, 1, (BATCH, 8, side, side))
         made.append(a)
-    return tuple(made)
+    return tuple(a | more for a, more in zip(made, staged.kernels(seed, shapes, BATCH, CLASSES), strict=True))
 
 
 def batch() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(100)
     labels = rng.integers(0, CLASSES, IMAGES).astype(np.int32)
     index = rng.permutation(IMAGES)[:BATCH].astype(np.int32)
-    return {"image": np.zeros((BATCH, 8, 8, 3)), "label": labels[index], "index": index, "dataset_label": labels}
+    views = {"image": np.zeros((BATCH, 8, 8, 3)), "strong": np.ones((BATCH, 8, 8, 3))}
+    return views | {"label": labels[index], "index": index, "dataset_label": labels}
 
 
 def nhwc(x):
     return jnp.transpose(x, (0, 2, 3, 1)) if jnp.ndim(x) == 4 else x
 
 
-def outputs(a: dict) -> Outputs:
-    """Our `Outputs` of arrays in torch's layout."""
+def outputs(a: dict, train: bool = False) -> Outputs:
+    """Our `Outputs` of arrays in torch's layout. train: as a student's later stages run again."""
     count = sum(k.startswith("stage") for k in a)
     several = {k: tuple(nhwc(a[f"{k}{i}"]) for i in range(1, count + 1)) for k in ("stage", "preact", "scale", "shift")}
-    return Outputs(
+    sides = [x.shape[1] for x in several["stage"]]
+    later = staged.Later(tuple(m // n for m, n in itertools.pairwise(sides)))
+    made = Outputs(
         a["logits"], several["stage"], several["preact"], a["pooled"], (a["kernel"].T, a["bias"]),
         tuple(zip(several["scale"], several["shift"], strict=True)), nhwc(a["stem"]), several["stage"][-1],
     )  # fmt: skip
+    return again.attach(made, later, {"params": a}, train)
 
 
 def drawn(path: str, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -63,7 +69,8 @@ def drawn(path: str, shape: tuple[int, ...]) -> np.ndarray | None:
     rules = {
         "kernel": lambda: n / np.sqrt(np.prod(shape[:-1])), "bias": lambda: 0.3 * n, "scale": lambda: 1 + 0.3 * n,
         "mean": lambda: 0.1 * n, "var": lambda: 1 + 0.1 * np.abs(n),
-        "projection": lambda: n / np.sqrt(shape[0]), "time": lambda: n,
+        "projection": lambda: n / np.sqrt(shape[0]), "time": lambda: n, "query": lambda: n,
+        "position": lambda: 0.1 * n,
     }  # fmt: skip
     rule = rules.get(path.rpartition("/")[2])
     return rule() if rule else None

@@ -1,5 +1,7 @@
 """Methods that compare logits."""
 
+import types
+
 import numpy as np
 import torch
 from compare import Case
@@ -77,6 +79,16 @@ def ttm(name: str, exponent: float, weight: float):
     return theirs
 
 
+def abkd(alpha: float, beta: float, weight: float):
+    def theirs(module, s, t, batch):
+        options = types.SimpleNamespace(kd_T=4.0, ab_alpha=alpha, ab_beta=beta)
+        divergence = load("ghwang-s/abkd", "standard_classification/distiller_zoo/abkl.py").ABKL(options)
+        ce = torch.nn.functional.cross_entropy(s["logits"], batch["label"])
+        return ce + weight * divergence(s["logits"], t["logits"])[0]
+
+    return theirs
+
+
 def dist(module, s, t, batch):
     loss = load("hunto/image_classification_sota", "lib/models/losses/dist_kd.py").DIST(beta=1.0, gamma=1.0, tau=4.0)
     return torch.nn.functional.cross_entropy(s["logits"], batch["label"]) + 2 * loss(s["logits"], t["logits"])
@@ -139,6 +151,10 @@ CASES = [
          total=True),
     Case("wttm", ("zkxufo/TTM", "distiller_zoo/wttm.py"), ttm("WTTM", 0.2, 4.0), LOGITS, "total, the README's example",
          total=True),
+    Case("abkd", ("ghwang-s/abkd", "standard_classification/distiller_zoo/abkl.py"), abkd(0.8, 0.3, 32.0), LOGITS,
+         "total, the README's example", total=True, golden=True),
+    Case("abkd", ("ghwang-s/abkd", "standard_classification/distiller_zoo/abkl.py"), abkd(0.5, 0.9, 100.0), LOGITS,
+         "total, other exponents and weight", total=True, options={"alpha": 0.5, "beta": 0.9, "weight": 100.0}),
     Case("streamlined", ("yoshitomo-matsubara/torchdistill", "torchdistill/losses/mid_level.py"), streamlined, LOGITS,
          "total, default settings", total=True,
          note="a port: torchdistill names the authors' code as the source of its settings"),

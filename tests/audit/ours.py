@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pwkd_jax import distillers, slimmable
-from pwkd_jax.distillers import crd, mgd
+from pwkd_jax.distillers import crd, fcfd, mgd
 from pwkd_jax.distillers.sokd import RANGES, Head, area_weights, augment, sokd_losses
 
 SETTING = {"options": {}, "total": False, "epoch": 1000.0, "seed": 0, "shapes": inputs.SHAPES, "call": "", "patch": ""}
@@ -124,6 +124,9 @@ for _name, _at in (("shear_x", 0.2), ("shear_y", -0.1), ("turn", 20.0), ("move_x
 PATCHES = {
     "": contextlib.nullcontext,
     "diffkd": given_noise,
+    # FCFD's mixed networks: the student's first one or two stages before the teacher's, then the other way round.
+    "fcfd outer": lambda: mock.patch.object(fcfd, "drawn_paths", lambda *_: jnp.array([True, False, True, False])),
+    "fcfd inner": lambda: mock.patch.object(fcfd, "drawn_paths", lambda *_: jnp.array([False, True, False, True])),
     "mgd": lambda: mock.patch.object(mgd, "drop_channels", lambda _, x, rate: x * (KEPT.transpose(0, 2, 3, 1) >= rate)),
     "crd": lambda: mock.patch.object(crd, "draw_negatives", lambda *_: jnp.asarray(OTHERS)),
 }
@@ -154,7 +157,7 @@ def evaluate(setting: dict, params: dict | None, dtype) -> tuple[float, dict, di
     with PATCHES[setting["patch"]]():
         if not call or params is None:
             key = jax.random.key(0)
-            args = ({"params": key, "distiller": key}, inputs.outputs(s), inputs.outputs(t), batch, progress)
+            args = ({"params": key, "distiller": key}, inputs.outputs(s, True), inputs.outputs(t), batch, progress)
             state = dict(jax.jit(made.init)(*args))
             own = flatten_dict(state if CALLS.get(setting["call"]) is predictions else state.pop("params", {}), sep="/")
             if params is None:
@@ -168,7 +171,7 @@ def evaluate(setting: dict, params: dict | None, dtype) -> tuple[float, dict, di
             if call:
                 return call(made, a, t, batch, params)
             variables = {"params": unflatten_dict(params, sep="/"), **state}
-            args, rngs = (inputs.outputs(a), inputs.outputs(t), batch, progress), {"distiller": jax.random.key(1)}
+            args, rngs = (inputs.outputs(a, True), inputs.outputs(t), batch, progress), {"distiller": jax.random.key(1)}
             value = made.apply(variables, *args, rngs=rngs, mutable=list(state))[0][0]
             ce = jnp.mean(slimmable.cross_entropy(a["logits"], batch["label"]))
             return made.ce_weight * ce + made.weight * value if setting["total"] else value
