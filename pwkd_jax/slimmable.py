@@ -149,6 +149,14 @@ class Slimmable:
         like = self.likes[width]
         return split_norm(like["params"], like.get("batch_stats", {}))[1], like.get("batch_stats", {})
 
+    def block(self, params: dict, width: float) -> dict:
+        """Of `params` what the member at `width` reads, in their own layout: the other methods take it in their place."""
+        key, like = width_key(width), self.likes[width]["params"]
+        if self.batch_norm != "switchable":
+            return {**params, "shared": take(params["shared"], like)}
+        shared = split_norm(like, self._norm_likes(width)[1])[0]
+        return {"shared": take(params["shared"], shared), "batch_norm": {key: params["batch_norm"][key]}}
+
     def extract(self, params: dict, statistics: dict, width: float) -> dict:
         """Variables {"params", "batch_stats", its own collections} of the member at `width`: a standalone narrow model's."""
         key, like = width_key(width), self.likes[width]

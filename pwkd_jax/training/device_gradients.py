@@ -19,17 +19,14 @@ from jax.sharding import PartitionSpec as P
 from pwkd_jax import models
 from pwkd_jax.models import precision
 from pwkd_jax.slimmable import Slimmable
-from pwkd_jax.training.accumulation import accumulate
 
 
-def value_and_grad(loss: Callable, net: Slimmable, mesh: Mesh, parts: int = 1) -> Callable:
-    """`accumulate(jax.value_and_grad(loss, has_aux=True), parts)`, of params that every device along `data` has whole.
+def over_devices(gradient: Callable, net: Slimmable, mesh: Mesh, parts: int = 1) -> Callable:
+    """`gradient`, which takes a batch in so many parts, of params that every device along `data` has whole.
 
-    loss(params, statistics, key, (images [B, H, W, C], labels [B])) -> (scalar, (statistics, {name: values [B]})), the scalar
-    a mean over the images.
+    gradient(params, statistics, key, (images [B, H, W, C], labels [B])) -> ((scalar, (statistics, {name: values [B]})), grads),
+    the scalar a mean over the images.
     """
-
-    gradient = accumulate(jax.value_and_grad(loss, has_aux=True), parts)
 
     def run(params, statistics, key, rows):
         if not possible(net, mesh, (rows[0].shape[0] // parts, *rows[0].shape[1:])):

@@ -33,7 +33,7 @@ from pwkd_jax.training import (
 from pwkd_jax.training import state as states
 from pwkd_jax.training.evaluation import Evaluator
 from pwkd_jax.training.non_finite import skipping
-from pwkd_jax.training.sandwich import sandwich_loss
+from pwkd_jax.training.sandwich import sandwich_gradient
 from pwkd_jax.training.sharding import place
 from pwkd_jax.training.state import State, apply_gradients, rng
 from pwkd_jax.training.task import Task
@@ -53,14 +53,14 @@ def make_step(
     fixed: parts of the network that stay as they are, see `freezing`.
     """
 
-    def loss_fn(params, statistics, key, rows):
+    def widths(params, statistics, key, rows):
         with freezing.as_predicting(fixed):
-            return sandwich_loss(net, _each(freezing.stopped, fixed, params), statistics, *rows, key=key, **sandwich)
+            return sandwich_gradient(net, params, statistics, *rows, key=key, view=view, **sandwich)
 
+    view = functools.partial(_each, freezing.stopped, fixed)
+    gradient = accumulation.accumulate(widths, accumulate)
     if mesh:
-        gradient = device_gradients.value_and_grad(loss_fn, net, mesh, accumulate)
-    else:
-        gradient = accumulation.accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
+        gradient = device_gradients.over_devices(gradient, net, mesh, accumulate)
 
     def step(state: State, batch: dict):
         images, labels = preprocess(rng(state, 0), batch["image"]), batch["label"]
