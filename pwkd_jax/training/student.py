@@ -13,6 +13,7 @@ import optax
 from pwkd_jax import models, slimmable
 from pwkd_jax.data import Mixing
 from pwkd_jax.distillers import Distillation, Progress
+from pwkd_jax.models import convolution
 from pwkd_jax.stages import Stage, place
 from pwkd_jax.training import accumulation, averaging, dot, freezing, metrics
 from pwkd_jax.training.fusion import Fusion
@@ -108,7 +109,8 @@ def make_step(
 
         def taught_by(width: float | None):
             def look(images: jax.Array):
-                return None if width is None else models.apply(teachers[width], teacher[width], images, train=False)[0]
+                with convolution.products():
+                    return None if width is None else models.apply(teachers[width], teacher[width], images, train=False)[0]
 
             whole = look(teacher_images) if accumulate == 1 else None  # once for all students
 
