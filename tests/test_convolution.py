@@ -1,4 +1,7 @@
-"""Kernel gradients as products: equal to a float64 reference, whatever the layer, and no change for other devices."""
+"""Convolutions in the forms of a CPU: equal to a float64 reference, whatever the layer, and no change for other devices."""
+
+import re
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -11,8 +14,9 @@ from pwkd_jax import models
 from pwkd_jax.cost import compiler
 from pwkd_jax.experiment.programs import Program
 from pwkd_jax.models import convolution
+from pwkd_jax.training import sharding
 
-# (images, kernel, strides, padding), with chunks of all images, of some, and of one.
+# (images, kernel, strides, padding)
 CASES = {
     "3x3": ((6, 8, 8, 5), (3, 3, 5, 7), (1, 1), ((1, 1), (1, 1))),
     "strided": ((6, 9, 8, 5), (3, 3, 5, 4), (2, 2), ((1, 1), (1, 1))),
@@ -20,48 +24,94 @@ CASES = {
     "1x1": ((4, 7, 7, 3), (1, 1, 3, 6), (2, 2), ((0, 0), (0, 0))),
     "uneven": ((5, 8, 6, 3), (5, 1, 3, 2), (1, 2), ((2, 1), (0, 0))),
     "cropped": ((2, 8, 8, 3), (3, 3, 3, 2), (1, 1), ((-1, 0), (0, -2))),
+    "padded 1x1": ((2, 5, 6, 3), (1, 1, 3, 2), (2, 1), ((1, 2), (0, 1))),
+    "depthwise": ((3, 8, 7, 5), (3, 3, 1, 5), (1, 1), ((1, 1), (1, 1))),
+    "depthwise strided": ((2, 9, 8, 3), (3, 3, 1, 3), (2, 2), ((1, 1), (1, 1))),
+    "depthwise leftover": ((3, 8, 8, 2), (2, 2, 1, 2), (3, 3), ((0, 0), (0, 0))),
+    "depthwise uneven": ((1, 8, 6, 3), (5, 1, 1, 3), (1, 2), ((2, 1), (0, 3))),
+    "depthwise cropped": ((2, 8, 8, 3), (3, 3, 1, 3), (1, 1), ((-1, 0), (0, -2))),
 }
 
 
-def reference(images, cotangent, size, strides, padding):
-    """The definition, pixel by pixel, in float64."""
-    images, cotangent = images.astype(np.float64), cotangent.astype(np.float64)
-    images = np.pad(images, ((0, 0), *(tuple(max(0, p) for p in side) for side in padding), (0, 0)))
+def reference(images, kernel, cotangent, strides, padding):
+    """(output, gradient of the images, gradient of the kernel) by the definition, pixel by pixel, in float64."""
+    images, kernel, cotangent = (x.astype(np.float64) for x in (images, kernel, cotangent))
+    if kernel.shape[2] != images.shape[-1]:  # depthwise: as a dense kernel, zero between different channels
+        found = reference(images, np.eye(images.shape[-1]) * kernel, cotangent, strides, padding)
+        return *found[:2], np.einsum("hwcc->hwc", found[2])[:, :, None]
+    outside = [tuple(max(0, p) for p in side) for side in padding]
+    images = np.pad(images, ((0, 0), *outside, (0, 0)))
     cut = [slice(max(0, -low), images.shape[i + 1] - max(0, -high)) for i, (low, high) in enumerate(padding)]
-    images = images[:, cut[0], cut[1]]
-    result = np.zeros((*size, images.shape[-1], cotangent.shape[-1]))
+    out, by_images, by_kernel = np.zeros(cotangent.shape), np.zeros(images.shape), np.zeros(kernel.shape)
     for y in range(cotangent.shape[1]):
         for x in range(cotangent.shape[2]):
-            top, left = y * strides[0], x * strides[1]
-            patch = images[:, top : top + size[0], left : left + size[1]]
-            result += np.einsum("bhwc,bd->hwcd", patch, cotangent[:, y, x])
-    return result
+            rows, columns = (slice(i * s, i * s + k) for i, s, k in zip((y, x), strides, kernel.shape, strict=False))
+            patch = images[:, cut[0], cut[1]][:, rows, columns]
+            out[:, y, x] = np.einsum("bhwc,hwcd->bd", patch, kernel)
+            by_images[:, cut[0], cut[1]][:, rows, columns] += np.einsum("hwcd,bd->bhwc", kernel, cotangent[:, y, x])
+            by_kernel += np.einsum("bhwc,bd->hwcd", patch, cotangent[:, y, x])
+    (top, bottom), (left, right) = outside
+    return out, by_images[:, top : by_images.shape[1] - bottom, left : by_images.shape[2] - right], by_kernel
 
 
-@pytest.mark.parametrize("patch_bytes", (1 << 30, 16_000, 1))
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_equal_the_definition(case, patch_bytes, monkeypatch):
-    monkeypatch.setattr(convolution, "PATCH_BYTES", patch_bytes)
-    monkeypatch.setattr(convolution, "PIXELS", 0)
+def test_values_and_gradients_equal_the_definition(case):
     image_shape, kernel_shape, strides, padding = CASES[case]
     rng = np.random.default_rng(0)
     images, kernel = (rng.standard_normal(s).astype(np.float32) for s in (image_shape, kernel_shape))
+    groups = image_shape[-1] // kernel_shape[2]
 
-    def plain(images, kernel):
-        return lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=convolution.NUMBERS)
+    def convolve(function, images, kernel):
+        options = {"dimension_numbers": convolution.NUMBERS, "feature_group_count": groups}
+        return function(images, kernel, strides, padding, **options)
 
-    def ours(images, kernel):
-        return convolution.convolve(images, kernel, strides, padding, dimension_numbers=convolution.NUMBERS)
-
+    ours, plain = (partial(convolve, f) for f in (convolution.convolve, lax.conv_general_dilated))
     out, back = jax.vjp(ours, images, kernel)
     same, theirs = jax.vjp(plain, images, kernel)
     cotangent = rng.standard_normal(out.shape).astype(np.float32)
-    np.testing.assert_array_equal(out, same)
-    np.testing.assert_array_equal(back(cotangent)[0], theirs(cotangent)[0])
-    expected = reference(images, cotangent, kernel_shape[:2], strides, padding)
-    for found in (back(cotangent)[1], theirs(cotangent)[1]):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    assert "dot_general" in str(jax.make_jaxpr(lambda *a: jax.vjp(ours, *a)[1](cotangent))(images, kernel))
+    expected = reference(images, kernel, cotangent, strides, padding)
+    for found in ((out, *back(cotangent)), (same, *theirs(cotangent))):
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max() * 3)
+    assert "platform_index" in str(jax.make_jaxpr(lambda *a: jax.vjp(ours, *a)[1](cotangent))(images, kernel))
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_loops_have_no_convolution_that_is_slow_there(dtype):
+    """What XLA gives to its library: images first and channels last; and depthwise ones are no convolutions at all."""
+    images, kernel, each = jnp.ones((8, 9, 9, 4), dtype), jnp.ones((3, 3, 4, 4), dtype), jnp.ones((3, 3, 1, 4), dtype)
+
+    def loss(kernels, images):
+        for kernel, groups, strides in zip(kernels, (1, 4, 1), ((1, 1), (2, 2), (2, 2)), strict=True):
+            options = {"dimension_numbers": convolution.NUMBERS, "feature_group_count": groups}
+            images = jnp.sin(convolution.convolve(images, kernel, strides, "SAME", **options))
+        return jnp.sum(images.astype(jnp.float32) ** 2)
+
+    def descend(_, kernels):
+        return jax.tree.map(lambda k, g: k - g, kernels, jax.grad(loss)(kernels, images))
+
+    program = jax.jit(lambda k: lax.fori_loop(0, 3, descend, k)).lower([kernel, each, kernel]).compile().as_text()
+    assert "while(" in program
+    assert set(re.findall(r"dim_labels=(\S+?),? ", program)) == {"b01f_01io->b01f"}
+    assert "feature_group_count" not in program
+
+
+def test_steps_are_compiled_for_the_faster_library():
+    """Neither library is named in a program but YNNPACK, so its name is what may not be there."""
+    images, kernel = jnp.zeros((64, 32, 32, 64)), jnp.zeros((3, 3, 64, 64))
+
+    def step(state, images):
+        return lax.conv_general_dilated(images, state, (1, 1), "SAME", dimension_numbers=convolution.NUMBERS), {}
+
+    compiled = sharding.jit_step(sharding.make_mesh(devices=jax.devices()[:1]), step).lower(kernel, images).compile()
+    assert "convolution" in compiled.as_text() and "ynn" not in compiled.as_text()
+
+
+def test_a_compiler_without_the_option_is_not_told(monkeypatch):
+    asked = convolution.compiler_options.__wrapped__
+    assert asked("tpu") == {}
+    monkeypatch.setattr(convolution, "EIGEN", {"xla_cpu_never_heard_of": ""})
+    assert asked("cpu") == {}
 
 
 class Odd(nn.Module):
@@ -79,11 +129,9 @@ class Odd(nn.Module):
         return models.Outputs(x.mean((1, 2)))
 
 
-@pytest.mark.parametrize("name", ("odd", "resnet8"))
-def test_models_gradients_are_the_same(name, batch, monkeypatch):
-    monkeypatch.setattr(convolution, "PATCH_BYTES", 16_000)
-    monkeypatch.setattr(convolution, "PIXELS", 0)
-    model = Odd() if name == "odd" else models.create("resnet8", num_classes=4)
+@pytest.mark.parametrize("name", ("odd", "resnet8", "ShuffleV2"))
+def test_models_gradients_are_the_same(name, batch):
+    model = Odd() if name == "odd" else models.create(name, num_classes=4)
     variables = model.init(jax.random.key(0), batch[0], train=False)
     variables = {"batch_stats": {}, **variables}
 
@@ -97,7 +145,7 @@ def test_models_gradients_are_the_same(name, batch, monkeypatch):
     plain, without = gradient(lambda v: model.apply(v, batch[0], train=True, mutable=["batch_stats"])[0].logits)
     assert "platform_index" in program and "platform_index" not in without
     for a, b in zip(jax.tree.leaves(ours(variables["params"])), jax.tree.leaves(plain(variables["params"])), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-5 * max(1, np.abs(b).max()))
 
 
 def test_layers_are_left_as_they_were():
@@ -108,19 +156,23 @@ def test_layers_are_left_as_they_were():
     assert layer.conv_general_dilated is None and hash(layer) == before
 
 
-def test_other_devices_keep_their_convolutions():
-    """A program for a TPU, compiled on a CPU box as pre-flight does, has a convolution and no loop in it."""
-    images, kernel = jnp.zeros((4, 16, 16, 2)), jnp.zeros((3, 3, 2, 2))
+@pytest.mark.parametrize("groups", (1, 2))
+def test_other_devices_keep_their_convolutions(groups):
+    """A program for a TPU, compiled on a CPU box as pre-flight does, has JAX's own gradient in it."""
+    images, kernel = jnp.zeros((4, 16, 16, 2)), jnp.zeros((3, 3, 2 // groups, 2))
 
-    def loss(kernel):
-        out = convolution.convolve(images, kernel, (1, 1), "SAME", dimension_numbers=convolution.NUMBERS)
-        return jnp.sum(out**2)
+    def gradient(convolve):
+        def loss(kernel):
+            options = {"dimension_numbers": convolution.NUMBERS, "feature_group_count": groups}
+            return jnp.sum(convolve(images, kernel, (1, 1), "SAME", **options) ** 2)
 
-    traced = jax.jit(jax.grad(loss)).trace(kernel)
-    text = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda")}
-    assert "dot_general" in text["cpu"]
-    for platform in ("tpu", "cuda"):
-        assert "dot_general" not in text[platform] and text[platform].count("stablehlo.convolution") == 2
+        traced = jax.jit(jax.grad(loss)).trace(kernel)
+        texts = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda"))
+        return [re.findall(r"stablehlo.convolution.*?dim_numbers = (.*?), window", text) for text in texts]
+
+    ours, plain = gradient(convolution.convolve), gradient(lax.conv_general_dilated)
+    assert set(ours[0]) == ({"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"} if groups == 1 else set())
+    assert ours[1:] == plain[1:] and len(plain[1]) == 2
 
 
 def test_preflight_reckons_with_convolutions():

@@ -1,23 +1,21 @@
-"""Gradients of convolutions on a CPU, in the forms for which XLA has fast kernels there.
+"""Convolutions on a CPU in the forms for which XLA has fast kernels there.
 
 XLA hands a convolution to Eigen, as fast as PyTorch's, where it finds [images, height, width, channels] and a kernel [height,
-width, in, out] with no axis out of place.
+width, in, out] with no axis out of place. The gradients are convolutions too, the images' by the kernel turned around, the
+kernel's of the images by the output's gradient, but JAX leaves their axes where they are. XLA puts them in place, but in a
+program's main computation alone: within loops and branches (several steps a dispatch, drawn widths) it is hundreds of times
+slower, which is jax issue 12868. Here they are put in place from the start. Depthwise convolutions are in depthwise.py.
 
-With respect to the kernel the gradient is to XLA a convolution of the images by a kernel as large as they are, for which Eigen
-is several times slower on maps of 16x16 pixels or more (tests/bench/convolutions.py). It is also a matrix product: patches of
-the images, [pixels, height * width * in], transposed, times the output's gradient, [pixels, out]; of a few images at a time, so
-that the patches stay in the processor's cache.
+jaxlib since 0.10 gives convolutions and products to YNNPACK, which takes one core for most of them and twice as long
+(tests/bench/convolutions.py); `compiler_options` has them back for Eigen.
 
-With respect to the images it is a convolution by the kernel turned around. XLA puts the axes of JAX's in place, but in a
-program's main computation alone: within loops and branches (several steps a dispatch, drawn widths) it is several times slower,
-which is jax issue 12868.
-
-Only where JAX has one device and that is a CPU; XLA's partitioner knows convolutions better than loops of products, and other
-devices, pre-flight's included, have kernels of their own.
+Only where JAX has one device and that is a CPU; XLA's partitioner knows convolutions better than these, and other devices,
+pre-flight's included, have kernels of their own.
 """
 
 import contextlib
 import contextvars
+import functools
 from functools import partial
 
 import flax.linen as nn
@@ -26,14 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pwkd_jax.models import depthwise
+
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 # What a convolution may be told and still be one of these.
 NEUTRAL = {"lhs_dilation": 1, "rhs_dilation": 1, "feature_group_count": 1, "batch_group_count": 1, "precision": None,
            "preferred_element_type": None}  # fmt: skip
-# Maps of fewer pixels than this XLA's own gradients serve as well, and compile sooner.
-PIXELS = 65
-# Of one product: more leaves the cache, less is too little work for all threads.
-PATCH_BYTES = 1 << 22
+EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 _own = contextvars.ContextVar("own", default=True)
 
@@ -66,14 +63,16 @@ def products():
 
 
 def convolve(images: jax.Array, kernel: jax.Array, window_strides, padding, **options) -> jax.Array:
-    """`lax.conv_general_dilated`, with the gradient of this file where it serves."""
+    """`lax.conv_general_dilated`, in the forms of this file where they serve."""
     asked = {key for key, value in options.items() if np.any(np.not_equal(value, NEUTRAL.get(key, value)))}
-    here = _own.get() and jax.default_backend() == "cpu" and jax.device_count() == 1
-    if not here or asked or images.ndim != 4 or images.shape[1] * images.shape[2] < PIXELS:
+    here = _own.get() and jax.default_backend() == "cpu" and jax.device_count() == 1 and images.ndim == 4
+    each = asked == {"feature_group_count"} and options["feature_group_count"] == images.shape[-1] == kernel.shape[-1]
+    if not here or (asked and not each):
         return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], window_strides, padding)
-    return _convolve(images, kernel, tuple(window_strides), tuple(map(tuple, padding)))
+    own = depthwise.convolve if each else _convolve
+    return own(images, kernel, tuple(window_strides), tuple(map(tuple, padding)))
 
 
 def _plain(images, kernel, strides, padding):
@@ -116,28 +115,31 @@ def image_gradient(kernel: jax.Array, cotangent: jax.Array, size, strides, paddi
 
 def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padding) -> jax.Array:
     """sum over images and pixels of patch x cotangent: images [B, H, W, C], the output's cotangent [B, H', W', D], and a kernel
-    of `size` (h, w) give [h, w, C, D]. Summed in float32, returned in the images' dtype."""
-    count, height, width, made = cotangent.shape
+    of `size` (h, w) give [h, w, C, D]. Summed in float32, returned in the images' dtype.
 
-    def product(images, cotangent):
-        images = lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)))
-        patches, axes = images, (0, 1, 2)
-        for axis in (2, 1):  # one after the other: as fast as all windows at once, and compiled in half the time
-            taken, step = cotangent.shape[axis], strides[axis - 1]
-            ends = [first + 1 + step * (taken - 1) for first in range(size[axis - 1])]
-            windows = [lax.slice_in_dim(patches, first, end, step, axis) for first, end in enumerate(ends)]
-            patches = jnp.concatenate(windows, axis=-1)
-        return lax.dot_general(patches, cotangent, ((axes, axes), ((), ())), preferred_element_type=jnp.float32)
+    A convolution in which channels are the images, [C, H, W, B], and the cotangent is the kernel, [H', W', B, D]; of one pixel
+    (h = w = 1) a product."""
+    made, pads, dtype = cotangent.shape[1:3], [], images.dtype
+    for whole, (low, _), stride, extent, count in zip(images.shape[1:3], padding, strides, size, made, strict=True):
+        pads.append((low, extent + stride * (count - 1) - whole - low, 0))
+    images = lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), *pads, (0, 0, 0)))
+    if size == (1, 1):
+        axes, images = (0, 1, 2), images[:, :: strides[0], :: strides[1]]
+        found = lax.dot_general(images, cotangent, ((axes, axes), ((), ())), preferred_element_type=jnp.float32)[None, None]
+    else:
+        images, cotangent = images.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3)
+        found = lax.conv_general_dilated(images, cotangent, (1, 1), "VALID", rhs_dilation=strides, dimension_numbers=NUMBERS,
+                                         preferred_element_type=jnp.float32).transpose(1, 2, 0, 3)  # fmt: skip
+    return found.astype(dtype)
 
-    shape = (*size, images.shape[-1], made)
-    of_one = 4 * height * width * size[0] * size[1] * images.shape[-1]
-    chunk = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * of_one <= PATCH_BYTES))
-    if size == (1, 1) or chunk == count:
-        return product(images, cotangent).reshape(shape).astype(images.dtype)
 
-    def add(total, part):
-        return total + product(*part), None
-
-    parts = (x.reshape(-1, chunk, *x.shape[1:]) for x in (images, cotangent))
-    total, _ = lax.scan(add, jnp.zeros((size[0] * size[1] * images.shape[-1], made), jnp.float32), tuple(parts))
-    return total.reshape(shape).astype(images.dtype)
+@functools.cache
+def compiler_options(platform: str) -> dict[str, str]:
+    """What `jax.jit` is to tell the compiler of `platform`: nothing but on a CPU, and where its jaxlib knows EIGEN."""
+    if platform != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=EIGEN).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return EIGEN

@@ -5,10 +5,10 @@ step computes for less, the device waits. Here the host sends no image after the
 to `most` steps at once. The loop's trip count is an argument, so chunks of all lengths are one program, and where a chunk
 ends changes no bit.
 
-On CPU the default is one step a dispatch: within a loop XLA has no fast kernels for the gradients of convolutions (jax issue
-12868), and models/convolution.py gives them back only for maps of more than 64 pixels. A step of resnet8, 64 images of 32x32,
-takes 1.06 s in the loop and 0.32 s outside, but one of a linear classifier 0.013 ms and 0.73 ms (tests/bench/dispatch.py
---resnet8; two EPYC cores under other load, jax 0.10.2).
+On CPU the default is one step a dispatch: within a loop XLA has no fast kernels for JAX's gradients of convolutions (jax issue
+12868), which models/convolution.py gives back to Flax's layers alone. A step of resnet8, 64 images of 32x32, took 1.06 s in the
+loop and 0.32 s outside before that held for maps of 64 pixels or fewer too, but one of a linear classifier 0.013 ms and 0.73 ms
+(tests/bench/dispatch.py --resnet8; two EPYC cores under other load, jax 0.10.2).
 """
 
 from collections.abc import Callable

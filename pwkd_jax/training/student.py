@@ -13,7 +13,7 @@ import optax
 from pwkd_jax import models, slimmable
 from pwkd_jax.data import Mixing
 from pwkd_jax.distillers import Distillation, Progress, reruns
-from pwkd_jax.models import again
+from pwkd_jax.models import again, convolution
 from pwkd_jax.stages import Stage, place
 from pwkd_jax.training import accumulation, averaging, dot, freezing, metrics
 from pwkd_jax.training.fusion import Fusion
@@ -116,7 +116,8 @@ def make_step(
                 if width is None:
                     return None
                 frozen = teachers[width], teacher[width]
-                out = models.apply(*frozen, images, train=False)[0]
+                with convolution.products():
+                    out = models.apply(*frozen, images, train=False)[0]
                 return again.attach(out, *frozen, train=False) if reruns(distillation.distiller) else out
 
             whole = look(teacher_images) if accumulate == 1 else None  # once for all students

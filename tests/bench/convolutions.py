@@ -1,8 +1,9 @@
-"""Gradients of convolutions on a CPU, ours beside XLA's own: python tests/bench/convolutions.py [--rounds=N] [--json=FILE]
+"""Convolutions on a CPU, ours beside XLA's own: python tests/bench/convolutions.py [--rounds=N] [--json=FILE]
 
-The convolutions of resnet8x4 and resnet32x4 on 64 images of 32x32, with respect to the kernel and, once in the program's main
-computation and twice in a loop, to the images. Milliseconds of processor time, the least of the rounds, which take turns; other
-load on the machine disturbs that less than the wall clock's.
+The convolutions of resnet8x4 and resnet32x4, and some depthwise ones (a group each channel), on 64 images of 32x32 or what is
+left of them: forward and with respect to images and kernel, in one program's main computation. XLA's is what JAX gives by
+itself, ours has models/convolution.py and its compiler options. Milliseconds of processor time and, behind the stroke, of the
+clock, the least of the rounds, which take turns; other load on the machine disturbs the first less.
 """
 
 import argparse
@@ -21,44 +22,40 @@ import numpy as np
 from pwkd_jax.models import convolution
 
 BATCH = 64
-# (channels in, channels out, height and width, kernel, stride)
+# (channels in, channels out, height and width, kernel, stride, groups)
 SHAPES = (
-    (3, 32, 32, 3, 1), (32, 64, 32, 3, 1), (64, 64, 32, 3, 1), (32, 64, 32, 1, 1), (64, 128, 32, 3, 2), (128, 128, 16, 3, 1),
-    (64, 128, 32, 1, 2), (128, 256, 16, 3, 2), (256, 256, 8, 3, 1),
+    (3, 32, 32, 3, 1, 1), (32, 64, 32, 3, 1, 1), (64, 64, 32, 3, 1, 1), (32, 64, 32, 1, 1, 1), (64, 128, 32, 3, 2, 1),
+    (128, 128, 16, 3, 1, 1), (64, 128, 32, 1, 2, 1), (128, 256, 16, 3, 2, 1), (256, 256, 8, 3, 1, 1),
+    (48, 48, 16, 3, 1, 48), (58, 58, 16, 3, 1, 58), (96, 96, 8, 3, 1, 96), (48, 48, 16, 3, 2, 48), (480, 480, 4, 3, 1, 480),
 )  # fmt: skip
 
 
-def programs(inputs: int, outputs: int, side: int, size: int, stride: int) -> dict:
+def programs(inputs: int, outputs: int, side: int, size: int, stride: int, groups: int) -> dict:
     """{name: compiled function of no arguments}."""
     rng, made = np.random.default_rng(0), side // stride
-    shapes = (BATCH, side, side, inputs), (size, size, inputs, outputs), (BATCH, made, made, outputs)
-    arrays = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes]
-    how = {"strides": (stride, stride), "padding": ((size // 2, size // 2),) * 2}
+    shapes = (BATCH, side, side, inputs), (size, size, inputs // groups, outputs), (BATCH, made, made, outputs)
+    images, kernel, cotangent = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes)
+    found = {}
+    for whose, function, options in (
+        ("XLA", jax.lax.conv_general_dilated, {}),
+        ("ours", convolution.convolve, convolution.compiler_options("cpu")),
+    ):
 
-    def xla_kernel(images, kernel, cotangent):
-        return jax.vjp(lambda k: convolution._plain(images, k, **how), kernel)[1](cotangent)[0]
+        def convolve(images, kernel, function=function):
+            how = {"dimension_numbers": convolution.NUMBERS, "feature_group_count": groups}
+            return function(images, kernel, (stride, stride), ((size // 2, size // 2),) * 2, **how)
 
-    def own_kernel(images, kernel, cotangent):
-        return convolution.kernel_gradient(images, cotangent, (size, size), **how)
+        def by_images(images, kernel, cotangent, convolve=convolve):
+            return jax.vjp(lambda x: convolve(x, kernel), images)[1](cotangent)
 
-    def xla_images(images, kernel, cotangent):
-        return jax.vjp(lambda x: convolution._plain(x, kernel, **how), images)[1](cotangent)[0]
+        def by_kernel(images, kernel, cotangent, convolve=convolve):
+            return jax.vjp(lambda k: convolve(images, k), kernel)[1](cotangent)
 
-    def own_images(images, kernel, cotangent):
-        return convolution.image_gradient(kernel, cotangent, images.shape[1:3], **how)
-
-    def twice(function, images, kernel, cotangent):
-        def body(_, total):
-            # Of the loop's own sum, so that XLA cannot take it out of the loop.
-            return total + function(images, kernel, cotangent + total[:1, :1, :1, :1])
-
-        return jax.lax.fori_loop(0, 2, body, jnp.zeros_like(images))
-
-    found = {
-        "kernel, XLA": xla_kernel, "kernel": own_kernel, "images, XLA": xla_images, "images": own_images,
-        "loop, XLA": partial(twice, xla_images), "loop": partial(twice, own_images),
-    }  # fmt: skip
-    return {name: partial(jax.jit(function), *arrays) for name, function in found.items()}
+        arrays = images, kernel, cotangent
+        asked = {"out": (convolve, arrays[:2]), "images": (by_images, arrays), "kernel": (by_kernel, arrays)}
+        for name, (program, given) in asked.items():
+            found[f"{name}, {whose}"] = partial(jax.jit(program, compiler_options=options), *given)
+    return found
 
 
 def main(arguments: list[str]) -> None:
@@ -69,17 +66,20 @@ def main(arguments: list[str]) -> None:
     rows = []
     for shape in SHAPES:
         compiled = programs(*shape)
-        least = dict.fromkeys(compiled, np.inf)
+        least = dict.fromkeys(compiled, (np.inf, np.inf))
         for turn in range(1 + options.rounds):
             for name, run in compiled.items():
-                begun = time.process_time()
+                begun = time.process_time(), time.perf_counter()
                 jax.block_until_ready(run())
+                ended = time.process_time(), time.perf_counter()
                 if turn:  # the first compiles
-                    least[name] = min(least[name], 1e3 * (time.process_time() - begun))
+                    least[name] = tuple(min(m, 1e3 * (e - b)) for m, b, e in zip(least[name], begun, ended, strict=True))
         if not rows:
-            print(f"{'in':>5}{'out':>5}{'side':>5}{'size':>5}{'step':>5}" + "".join(f"{name:>13}" for name in least))
+            heads = "".join(f"{name:>15}" for name in least)
+            print(f"{'in':>5}{'out':>5}{'side':>5}{'size':>5}{'step':>5}{'groups':>7}{heads}")
         rows.append({"shape": shape, "milliseconds": least})
-        print("".join(f"{n:>5}" for n in shape) + "".join(f"{ms:>13.1f}" for ms in least.values()), flush=True)
+        times = "".join(f"{f'{cpu:.1f}/{wall:.1f}':>15}" for cpu, wall in least.values())
+        print("".join(f"{n:>5}" for n in shape[:-1]) + f"{shape[-1]:>7}" + times, flush=True)
     if options.json:
         device = jax.devices()[0].device_kind
         options.json.write_text(json.dumps({"device": device, "jax": jax.__version__, "rows": rows}, indent=2) + "\n")
