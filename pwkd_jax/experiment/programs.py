@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from pwkd_jax import distillers, models, slimmable, stages
 from pwkd_jax.experiment.definition import Experiment, wants_labels
 from pwkd_jax.models import precision
-from pwkd_jax.training import dispatch, distil, schedules, sharding, student, students_together, teacher
+from pwkd_jax.training import dispatch, distil, schedules, sharding, student, students_together, study, teacher
 from pwkd_jax.training.fusion import Fusion
 from pwkd_jax.training.mutual import Mutual
 
@@ -45,17 +45,35 @@ def student_steps(
 
     several: of so many students at once.
     """
+    args, options = _arm(experiment, plan, distillation, several)
+    c = experiment.config.student
+    return distil.programs(*args, **options, sharding_how=c.sharding, start=experiment.start.get("student"))
+
+
+def study_steps(
+    experiment: Experiment, plans: Mapping[str, Sequence[stages.Stage]],
+    distillations: Mapping[str, distillers.Distillation | None], several: students_together.Several,
+) -> tuple[Callable, dict[tuple, Callable]]:  # fmt: skip
+    """The same of several arms in one program, see `study.programs`. distillations: by the teacher's name."""
+    arms = {}
+    for name, plan in plans.items():
+        args, options = _arm(experiment, plan, distillations.get(plan[0].teacher), several)
+        arms[name] = study.Arm(plan, *distil.uncompiled(*args, **options))
+    c = experiment.config.student
+    return study.programs(arms, experiment.task, several.seeds, c.sharding, experiment.start.get("student"))
+
+
+def _arm(experiment: Experiment, plan: Sequence[stages.Stage], distillation, several) -> tuple[tuple, dict]:
+    """Arguments and keywords of `distil.uncompiled` for an arm."""
     c, net = experiment.config.student, experiment.teaching(plan[0].teacher)
     members = {w: precision.inference(m, c.teacher_dtype, c.teacher_folded) for w, m in net.members.items()} if net else {}
-    return distil.programs(
-        experiment.student, members, plan, distillation, experiment.on(several).task,
-        experiment.rule("student", *experiment.spans(plan)), same_crop=c.same_crop,
-        data_seed=experiment.config.seed if c.batches == "shared" else None, several=several, sharding_how=c.sharding,
-        start=experiment.start.get("student"), skip=experiment.skips,
-        mix=experiment.mix("student"), accumulate=c.accumulate, ema=c.ema,
-        fixed=experiment.fixed["student"], mutual=Mutual(c.mutual, c.mutual_temperature) if c.mutual else None,
-        fusion=Fusion(several.count, **c.fusion) if c.online and several else None,
-    )  # fmt: skip
+    rule = experiment.rule("student", *experiment.spans(plan))
+    return (experiment.student, members, plan, distillation, experiment.on(several).task, rule), {
+        "same_crop": c.same_crop, "data_seed": experiment.config.seed if c.batches == "shared" else None, "several": several,
+        "skip": experiment.skips, "mix": experiment.mix("student"), "accumulate": c.accumulate, "ema": c.ema,
+        "fixed": experiment.fixed["student"], "mutual": Mutual(c.mutual, c.mutual_temperature) if c.mutual else None,
+        "fusion": Fusion(several.count, **c.fusion) if c.online and several else None,
+    }  # fmt: skip
 
 
 class Program(NamedTuple):
