@@ -55,6 +55,15 @@ def spans(plans: Sequence[Sequence[Stage]]) -> list[Span]:
     return [at(*each) for each in zip([0, *ends[:-1]], ends, strict=True)]
 
 
+def taught_by(plans: Mapping[str, Sequence[Stage]], span: Span) -> dict[str, list[float]]:
+    """{teacher: the widths at which it teaches any arm in those steps}."""
+    found: dict[str, dict[float, None]] = {}
+    for plan, widths in zip(plans.values(), span.widths, strict=True):
+        if widths:
+            found.setdefault(plan[0].teacher, {}).update(dict.fromkeys(widths))
+    return {name: [*widths] for name, widths in found.items()}
+
+
 class Arm(NamedTuple):
     """One arm of a study, before anything is compiled: its plan, and `distil.uncompiled`'s make and stepping."""
 
@@ -135,10 +144,8 @@ def learn(
         return {f"{name}/{key}": value for name, scores in found.items() for key, value in scores.items()}
 
     def segment(span: Span) -> loop.Segment:
-        teaching: dict[str, dict] = {}
-        for lesson, widths in zip(lessons.values(), span.widths, strict=True):
-            for w in widths:
-                teaching.setdefault(lesson.plan[0].teacher, {})[w] = frozen[lesson.plan[0].teacher][w]
+        taught = taught_by({name: lesson.plan for name, lesson in lessons.items()}, span)
+        teaching = {name: {w: frozen[name][w] for w in widths} for name, widths in taught.items()}
         return loop.Segment(span.end, functools.partial(stepping[span.widths], teacher=teaching), enter)
 
     own = [selection.KEY] if task.validator else []

@@ -31,12 +31,10 @@ PHASES = {"start": 5.0, "compile": 0.5, "teacher": 0.05, "pwkd 1": 0.05, "pwkd 2
 STEPS = ("teacher", "pwkd 1", "pwkd 2", "control")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LEFT = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75, signal.SIGINT: 130}
-# What is trained: an arm with stages and its controls, the same by two seeds in one program, and all of these in one.
+# What is trained: an arm with stages and its controls, and the same by two seeds in one program.
 VARIANTS = {
     "one by one": ("--config.arms=pwkd,kd_whole,alone",),
     "together": ("--config.arms=pwkd,kd_whole", "--config.seeds=2", "--config.student.batches=shared"),
-    "study": ("--config.arms=pwkd,kd_whole", "--config.seeds=2", "--config.student.batches=shared",
-              "--config.student.study=true"),
 }
 MARKED = ("-m", "tests.faults.marked")
 
