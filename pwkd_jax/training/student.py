@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pwkd_jax import models, slimmable
+from pwkd_jax import distillers, models, slimmable
 from pwkd_jax.data import Mixing
 from pwkd_jax.distillers import Distillation, Progress
 from pwkd_jax.stages import Stage, place
@@ -175,6 +175,7 @@ def make_step(
         apart = isinstance(tx, dot.Apart) and bool(widths)
         weight = getattr(distillation.distiller, "ce_weight", 1.0) if apart else 0.0
         by_part = dot.gradient(loss_fn, lambda aux: weight * aux[1]["cross_entropy"]) if apart else None
+        waiting = _waiting(distillation, fusion)
         gradient = by_part or accumulation.accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
 
         def learn(state: State, index=0):
@@ -182,9 +183,9 @@ def make_step(
             (loss, (collections, values)), grads = gradient(state.params, state.collections, keys, rows, *who)
             before = state.params
             state, used = apply_gradients(state, grads, collections, tx, schedule)
-            if distillation is not None or fusion:
+            if waiting:
                 grads = jax.tree.map(jnp.add, *grads) if apart else grads
-                state = state.replace(params=_hold(before, state.params, grads))
+                state = state.replace(params=state.params | _hold(before, state.params, grads, waiting))
             if fixed:
                 student = freezing.kept(before["student"], state.params["student"], fixed)
                 state = state.replace(params=state.params | {"student": student})
@@ -207,18 +208,28 @@ def _once(kept: dict, key: Any, make: Callable[[], Any]) -> Any:
     return kept[key]
 
 
-def _hold(before: dict, after: dict, grads: dict) -> dict:
-    """Parameters `after` a step, those that it gave no gradient as they were `before`.
+def _waiting(distillation: Distillation | None, fusion: Fusion | None) -> list[str]:
+    """The parts of the parameters of which some may get no gradient at a step; to look costs a GPU a kernel for every array.
 
-    Weight decay would otherwise shrink what waits: connectors outside a narrow stage's leading block, entry by entry, and
-    whole arrays of the student that a distiller's initial phase, or a method without cross entropy, does not train, and of the
-    modules of `fusion` that are another student's. PyTorch leaves such parameters alone too.
+    Connectors outside a narrow stage's leading block, entry by entry; and whole arrays of the student that a distiller's
+    initial phase, or a method without cross entropy, does not train, and of the modules of `fusion` that are another student's.
     """
-    waiting = {
-        part: jax.tree.map(lambda g, each=part == "distiller": g == 0 if each else jnp.all(g == 0), tree)
-        for part, tree in grads.items()
-    }
-    return jax.tree.map(lambda wait, old, new: jnp.where(wait, old, new), waiting, before, after)
+    method = distillation and distillation.distiller
+    held_back = bool(method) and (distillers.starts(method) or not getattr(method, "ce_weight", 1.0))
+    return [*(["distiller"] if method else []), *(["student"] if held_back or fusion else []), *(["online"] if fusion else [])]
+
+
+def _hold(before: dict, after: dict, grads: dict, parts: Sequence[str]) -> dict:
+    """Those `parts` of parameters `after` a step, what it gave no gradient as it was `before`: weight decay would otherwise
+    shrink what waits. PyTorch leaves such parameters alone too."""
+
+    def keep(part: str) -> dict:
+        def one(grad, old, new):
+            return jnp.where(grad == 0 if part == "distiller" else jnp.all(grad == 0), old, new)
+
+        return jax.tree.map(one, grads[part], before[part], after[part])
+
+    return {part: keep(part) for part in parts}
 
 
 def enter_stage(
