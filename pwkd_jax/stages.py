@@ -70,6 +70,13 @@ def cycles(arm_plan: Sequence[Stage], per_stage: bool) -> list[tuple[int, int]]:
     return spans if per_stage else [(spans[0][0], spans[-1][1])]
 
 
+def title(arm_plan: Sequence[Stage], index: int) -> str:
+    """Which stage it is and who teaches, in words; "" of the only one without a teacher."""
+    widths = " or ".join(f"{w:g}" for w in arm_plan[index].widths)
+    taught = [f"teacher width {widths}"] if widths else []
+    return ", ".join(([f"stage {index + 1} of {len(arm_plan)}"] if len(arm_plan) > 1 else []) + taught)
+
+
 def place(arm_plan: Sequence[Stage]) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
     """A traced function of the global step: (the number of the current stage, the steps that it has seen)."""
     starts = jnp.array([s.start for s in arm_plan])

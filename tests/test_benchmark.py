@@ -82,6 +82,12 @@ def test_synthetic_images_and_students_together(capsys, tmp_path):
     assert re.search(r"utilisation is of \S+ TFLOP/s a device, the best of five float32 products of 2048 x 2048 here", out)
 
 
+def test_a_study_is_timed_by_its_spans(capsys):
+    options = ["--config.seeds=2", "--config.student.batches=shared", "--config.student.study=true", "--config.arms=alone,pwkd"]
+    assert benchmark.main([*QUICK, *options, "--only=2 students each, from step 0"]) == 0
+    assert "2 arms' step, 2 students each, from step 0" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -241,6 +241,21 @@ def test_every_step_of_the_experiment_is_counted(built):
     assert teacher.runs == round(epochs * images / c.teacher.batch_size)
 
 
+def test_the_steps_of_a_study_are_counted_once_for_all():
+    c = settings("--config.arms=alone,kd_whole,pwkd,pwkd_random", "--config.seeds=2", "--config.student.batches=shared",
+                 "--config.student.study=true")  # fmt: skip
+    experiment = measured._build(c, jax.devices()[:1], outline(c)[0])
+    found = [p for p in programs.programs(experiment) if "students each" in p.name]
+    lengths = definition.stage_lengths(c, experiment.facts)
+    assert [p.name for p in found] == [
+        "4 arms' step, 2 students each, from step 0", f"4 arms' step, 2 students each, from step {lengths[0]}"
+    ]
+    assert [p.runs for p in found] == lengths
+    # The drawn width may be either; the last stage of pwkd and kd_whole hear the same.
+    assert [sorted(p.kwargs["teacher"]["slimmable"]) for p in found] == [[0.5, 1.0], [0.5, 1.0]]
+    assert not any(p.name.startswith(("student step", "2 students' step")) for p in programs.programs(experiment))
+
+
 def test_lowered_arguments_are_those_that_training_passes(built):
     """The same step on real arrays: had a shape, a type or the tree been another, jax would compile a second program."""
     s, outlined = built[0], {p.name: p for p in programs.programs(built[0])}

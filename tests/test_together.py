@@ -52,9 +52,9 @@ def state(workdir: Path, run: str, step: int):
     return jax.tree.map(np.asarray, ocp.load_checkpointables(path, {"state": like})["state"])
 
 
-def alike(apart: Path, joined: Path, runs=RUNS[:3]) -> None:
+def alike(apart: Path, joined: Path, runs=RUNS[:3], steps=(12, 24)) -> None:
     for name in runs:
-        for step in (12, 24):
+        for step in steps:
             for x, y in zip(*(jax.tree.leaves(state(w, name, step)) for w in (apart, joined)), strict=True):
                 np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
         here, there = rows(apart, name), rows(joined, name)

@@ -146,6 +146,10 @@ def check(config: ConfigDict) -> None:
          c.mesh.model == 1), "another where networks are split over devices")  # fmt: skip
     need("student.together", s.together in ("auto", "none") or c.non_finite == "stop",
          "auto or none where non_finite is 'skip', for what one student skips the others need not")  # fmt: skip
+    need("student.study", not s.study or (s.batches == "shared" and s.together not in ("devices", "none")),
+         "false unless student.batches is 'shared', and student.together neither 'devices' nor 'none'")  # fmt: skip
+    need("student.study", not s.study or (s.accumulate == 1 and c.non_finite == "stop" and not c.evaluation.patience),
+         "false where student.accumulate, non_finite or evaluation.patience let each student go its own way")  # fmt: skip
     o = s.optimizer
     need("student.optimizer.dot", o.dot == 0 or (o.dot > 0 and o.momentum - o.dot >= 0 and o.momentum + o.dot < 1),
          f"0 (off), or so little that momentum - dot and momentum + dot are in [0, 1); momentum is {o.momentum}")  # fmt: skip

@@ -153,6 +153,7 @@ def default() -> ConfigDict:
         "mutual_temperature": 1.0,  # of both sides of that
         "online": "",  # fusion: the last of an arm's students is led by the fused maps of the others, see training/fusion.py
         "together": "auto",  # with shared batches, in one program: auto, unroll, scan, vmap, devices (one each) or none
+        "study": False,  # with shared batches, all arms in one program, for which each sub-network of a teacher predicts once
         "sharding": "replicated",  # as the teacher's
         "teacher_sharding": "replicated",  # of the frozen sub-network that teaches
         "teacher_dtype": "",  # in which it predicts: float32 or bfloat16; '': dtype

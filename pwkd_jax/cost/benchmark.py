@@ -17,7 +17,7 @@ from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import definition, programs
 from pwkd_jax.models import costs
 from pwkd_jax.reporting.environment import environment
-from pwkd_jax.training import sharding, student
+from pwkd_jax.training import sharding, student, study
 
 FORMS = ("plain", "sliced", "masked")
 
@@ -90,8 +90,12 @@ def find_cases(built: definition.Experiment) -> dict[str, Callable[[], Case]]:
     """{name: maker}, in the order of an experiment. Making one may raise UserError."""
     c, slimmable = built.config, built.teachers["slimmable"]
     found = {f"teacher step, {form}": functools.partial(_teacher, built, form) for form in FORMS}
-    for arm in c.arms:
-        plan, several = built.plan(arm), built.several(c.seeds)
+    plans = {arm: built.plan(arm) for arm in c.arms}
+    if c.student.study and (several := built.several(c.seeds, len(plans))):
+        for span in study.spans([*plans.values()]):
+            found[programs.study_title(span, len(plans), several)] = functools.partial(_study, built, plans, span, several)
+    for plan in plans.values():
+        several = built.several(c.seeds)
         for stage in plan:
             name = programs.student_title(stage.widths, several, stage.teacher)
             found.setdefault(name, functools.partial(_student, built, plan, stage, several))
@@ -132,6 +136,19 @@ def _student(built: definition.Experiment, plan, stage, several) -> Case:
     work = 6.0 * costs.macs(built.student, shape) * count + 2.0 * taught
     size = c.batch_size
     return Case(step.lower, lambda: create(seeds, None), {"teacher": frozen}, here.batches(size, 0), size, work * size)
+
+
+def _study(built: definition.Experiment, plans, span: study.Span, several) -> Case:
+    c, shape, taught = built.config.student, built.dataset.image_shape, study.taught_by(plans, span)
+    every = {name: {w for p in plans.values() if p[0].teacher == name for s in p for w in s.widths} for name in taught}
+    fitted = {name: built.distillation(name, widths) for name, widths in every.items()}
+    create, steps = programs.study_steps(built, plans, fitted, several)
+    frozen = {n: {w: built.place(_variables(built, built.teachers[n], w)) for w in widths} for n, widths in taught.items()}
+    # Of a width that is drawn, as if it always were.
+    asked = sum(costs.macs(built.teachers[n].members[w], shape) for n, widths in taught.items() for w in widths)
+    work = 6.0 * costs.macs(built.student, shape) * several.count * len(plans) + 2.0 * asked
+    return Case(steps[span.widths].lower, lambda: create(several.seeds, None), {"teacher": frozen},
+                built.batches(c.batch_size, 0), c.batch_size, work * c.batch_size)  # fmt: skip
 
 
 def _variables(built: definition.Experiment, net, width: float) -> dict:

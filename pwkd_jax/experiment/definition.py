@@ -88,14 +88,14 @@ class Experiment:
         """Whether steps that are not finite are left out."""
         return self.config.non_finite == "skip"
 
-    def several(self, count: int) -> students_together.Several | None:
-        """How `count` students that are still to be trained train in one program; None for one by one."""
+    def several(self, count: int, arms: int = 1) -> students_together.Several | None:
+        """How `count` students of each of `arms` that are still to be trained train in one program; None for one by one."""
         c = self.config.student
         # What one has to skip, the others need not, nor end where it does; in parts, each would need the teacher's forward pass
         # for itself.
         if c.batches != "shared" or self.skips or c.accumulate > 1 or self.config.evaluation.patience:
             return None
-        return students_together.several(c.together, count, list(self.mesh.devices.flat))
+        return students_together.several(c.together, count, list(self.mesh.devices.flat), arms)
 
     def on(self, several: students_together.Several | None) -> "Experiment":
         """The experiment where those students train: on a mesh of their own if they have one."""

@@ -41,11 +41,11 @@ def extend(workdir: Path, config: ConfigDict, facts: dict) -> None:
             _refuse(before, config, facts, "teacher", name)
         _go_on([workdir / "teacher" / name for name in names], workdir)
     if "student.duration" in differ and students:
-        for arm in sorted({run.parts[0] for run in students}):
+        for arm in sorted({arm for run in students for arm in run.parts[0].split("+")}):
             _refuse(before, config, facts, "student", arm)
-        if len({run.parts[-1] for run in students}) > 1 and config.student.batches == "shared" and (
-            config.student.together != "none"
-        ):
+        learner = config.student
+        trained = students if learner.study else {run.parts[-1] for run in students}
+        if len(trained) > 1 and learner.batches == "shared" and learner.together != "none":
             raise UserError("student.duration: students of one program go on one by one; set student.together=none")
         _go_on([workdir / "students" / run for run in students], workdir)
     storage.replace(path, config.to_json(indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from pwkd_jax import distillers, models, slimmable, stages
 from pwkd_jax.experiment.definition import Experiment, wants_labels
 from pwkd_jax.models import precision
-from pwkd_jax.training import dispatch, distil, schedules, sharding, student, students_together, teacher
+from pwkd_jax.training import dispatch, distil, schedules, sharding, student, students_together, study, teacher
 from pwkd_jax.training.fusion import Fusion
 from pwkd_jax.training.mutual import Mutual
 
@@ -45,17 +45,35 @@ def student_steps(
 
     several: of so many students at once.
     """
+    args, options = _arm(experiment, plan, distillation, several)
+    c = experiment.config.student
+    return distil.programs(*args, **options, sharding_how=c.sharding, start=experiment.start.get("student"))
+
+
+def study_steps(
+    experiment: Experiment, plans: Mapping[str, Sequence[stages.Stage]],
+    distillations: Mapping[str, distillers.Distillation | None], several: students_together.Several,
+) -> tuple[Callable, dict[tuple, Callable]]:  # fmt: skip
+    """The same of several arms in one program, see `study.programs`. distillations: by the teacher's name."""
+    arms = {}
+    for name, plan in plans.items():
+        args, options = _arm(experiment, plan, distillations.get(plan[0].teacher), several)
+        arms[name] = study.Arm(plan, *distil.uncompiled(*args, **options))
+    c = experiment.config.student
+    return study.programs(arms, experiment.task, several.seeds, c.sharding, experiment.start.get("student"))
+
+
+def _arm(experiment: Experiment, plan: Sequence[stages.Stage], distillation, several) -> tuple[tuple, dict]:
+    """Arguments and keywords of `distil.uncompiled` for an arm."""
     c, net = experiment.config.student, experiment.teaching(plan[0].teacher)
     members = {w: precision.inference(m, c.teacher_dtype, c.teacher_folded) for w, m in net.members.items()} if net else {}
-    return distil.programs(
-        experiment.student, members, plan, distillation, experiment.on(several).task,
-        experiment.rule("student", *experiment.spans(plan)), same_crop=c.same_crop,
-        data_seed=experiment.config.seed if c.batches == "shared" else None, several=several, sharding_how=c.sharding,
-        start=experiment.start.get("student"), skip=experiment.skips,
-        mix=experiment.mix("student"), accumulate=c.accumulate, ema=c.ema,
-        fixed=experiment.fixed["student"], mutual=Mutual(c.mutual, c.mutual_temperature) if c.mutual else None,
-        fusion=Fusion(several.count, **c.fusion) if c.online and several else None,
-    )  # fmt: skip
+    rule = experiment.rule("student", *experiment.spans(plan))
+    return (experiment.student, members, plan, distillation, experiment.on(several).task, rule), {
+        "same_crop": c.same_crop, "data_seed": experiment.config.seed if c.batches == "shared" else None, "several": several,
+        "skip": experiment.skips, "mix": experiment.mix("student"), "accumulate": c.accumulate, "ema": c.ema,
+        "fixed": experiment.fixed["student"], "mutual": Mutual(c.mutual, c.mutual_temperature) if c.mutual else None,
+        "fusion": Fusion(several.count, **c.fusion) if c.online and several else None,
+    }  # fmt: skip
 
 
 class Program(NamedTuple):
@@ -96,8 +114,10 @@ def programs(experiment: Experiment) -> list[Program]:
             found += _teacher(experiment, name, trained=not given)
     pairs = {t: experiment.distillation(t, widths) for t, widths in teaching.items() if widths}
     merged: dict[tuple, Program] = {}
-    for plan in plans.values():
-        for key, program in _student(experiment, plan, pairs.get(plan[0].teacher)):
+    study_of = c.student.study and experiment.several(c.seeds, len(plans))
+    students = [_student(experiment, plan, pairs.get(plan[0].teacher), steps=not study_of) for plan in plans.values()]
+    for each in [*students, *([_study(experiment, plans, pairs, study_of)] if study_of else [])]:
+        for key, program in each:
             known = merged.get(key)
             merged[key] = known._replace(runs=known.runs + program.runs) if known else program
     # Partial before whole, as training has it: no teacher, the widths narrow to wide, a drawn one, then the scores.
@@ -127,14 +147,32 @@ def student_title(widths: tuple[float, ...], several: students_together.Several 
     return f"{students}, {kind}teacher {'drawn' if len(widths) > 1 else format(widths[0], 'g')}"
 
 
-def _student(experiment: Experiment, plan: Sequence[stages.Stage], distillation) -> Iterator[tuple[tuple, Program]]:
-    """((kind, widths, widest), program) of an arm."""
+def study_title(span: study.Span, count: int, several: students_together.Several) -> str:
+    return f"{count} arms' step, {several.count} students each, from step {span.start}"
+
+
+def _study(experiment: Experiment, plans, distillations, several) -> Iterator[tuple[tuple, Program]]:
+    """The steps of a study, as `_student` gives those of an arm."""
+    size, (create, steps) = experiment.config.student.batch_size, study_steps(experiment, plans, distillations, several)
+    batch = _batch(experiment, size)
+    for number, span in enumerate(study.spans([*plans.values()])):
+        taught = study.taught_by(plans, span)
+        frozen = {t: {w: _frozen(experiment, experiment.teaching(t), w) for w in widths} for t, widths in taught.items()}
+        name, runs = study_title(span, len(plans), several), span.end - span.start
+        program = Program(name, steps[span.widths], (create.like, batch), {"teacher": frozen}, size, "student.batch_size", runs)
+        yield ("step", (number,), 0.0), program
+
+
+def _student(
+    experiment: Experiment, plan: Sequence[stages.Stage], distillation, steps: bool = True
+) -> Iterator[tuple[tuple, Program]]:
+    """((kind, widths, widest), program) of an arm; without its steps where these are those of a study."""
     c, name = experiment.config.student, plan[0].teacher
     several = experiment.several(experiment.config.seeds)
-    create, steps = student_steps(experiment, plan, distillation, several)
+    create, stepping = student_steps(experiment, plan, distillation, several)
     like = jax.eval_shape(functools.partial(students_together.member, index=0), create.like) if several else create.like
     widest = experiment.teaching(name).widest if name in experiment.teachers else 0.0
-    for widths, step in steps.items():
+    for widths, step in stepping.items() if steps else ():
         here = experiment.on(several)
         args, net = (create.like, _batch(here, c.batch_size)), experiment.teaching(name)
         frozen = {w: _frozen(here, net, w) for w in widths}

@@ -68,10 +68,7 @@ def _run(experiment: Experiment, plans: dict, wanted: list[str], distillations: 
     taught = {name: functools.cache(functools.partial(_with_fellows, experiment, name, own[name])) for name in wanted}
     for line in reporting.gates(teacher_results, {}):
         print(f"warning: {line}")
-    learnt = []
-    for arm, plan in plans.items():
-        learnt += students(experiment, workdir, arm, plan, taught.get(plan[0].teacher), distillations.get(plan[0].teacher))
-
+    learnt = students(experiment, workdir, plans, taught, distillations)
     known = [*([] if config.teacher.run else teacher_results.values()), *learnt]
     summary = reporting.build(
         name=config.name,

@@ -1,9 +1,11 @@
-"""The students of one arm: each seed by itself, or all in one program, which leaves the same in the directory of each."""
+"""The students of every arm: each by itself, or several in one program, which leaves the same in the directory of each."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from clu import parameter_overview
@@ -13,10 +15,11 @@ from pwkd_jax.errors import UserError
 from pwkd_jax.experiment import programs, results
 from pwkd_jax.experiment.definition import Experiment
 from pwkd_jax.reporting import per_class, summary
-from pwkd_jax.training import distributed, preemption, schedules, selection, students_together
+from pwkd_jax.training import distributed, loop, preemption, schedules, selection, students_together, study
 from pwkd_jax.training import state as states
 from pwkd_jax.training.checkpoints import Checkpoints
 from pwkd_jax.training.distil import distil
+from pwkd_jax.training.lessons import Lesson
 from pwkd_jax.training.outcome import Student, judged
 from pwkd_jax.training.students_together import Several
 from pwkd_jax.training.teacher import Teacher
@@ -72,52 +75,123 @@ class Arm:
         }
 
 
+class Group(NamedTuple):
+    """Students in one program: `seeds` of each of `arms`."""
+
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
 def students(
-    experiment: Experiment, workdir: Path, arm: str, plan: Sequence[stages.Stage],
-    taught: Callable[[], tuple[Teacher, dict]] | None, distillation: distillers.Distillation | None,
+    experiment: Experiment, workdir: Path, plans: Mapping[str, Sequence[stages.Stage]],
+    taught: Mapping[str, Callable[[], tuple[Teacher, dict]]], distillations: Mapping[str, distillers.Distillation],
 ) -> list[dict]:  # fmt: skip
-    """The results of an arm's students, by seed; those that are not trained yet are now, together if the config says so.
+    """The results of all students, by arm and seed; those that are not trained yet are now, together if the config says so.
 
-    taught: gives the arm's teacher, asked only where a student is to be trained.
+    taught: gives a teacher by its name, asked only where a student is to be trained. distillations: by the teacher's name.
     """
-    c, directory = experiment.config, workdir / "students" / arm
-    seeds = range(c.seed, c.seed + c.seeds)
-    own = {"arm": arm, "plan": [stage._asdict() for stage in plan]}
-    found = {seed: results.result(directory / f"seed{seed}", summary.STUDENT, seed=seed, **own) for seed in seeds}
-    pending = [seed for seed in seeds if found[seed] is None]
-    online = "student.online" if experiment.config.student.online else "student.mutual"
-    if experiment.config.student[online.removeprefix("student.")] and 0 < len(pending) < len(seeds):
-        raise UserError(
-            f"seeds: of {arm} {len(seeds) - len(pending)} of {len(seeds)} students are finished, and those of {online} "
-            "learn from each other from their first step on; begin a new workdir"
-        )
-    several = experiment.several(len(pending))
-    groups = [pending] if several else [[seed] for seed in pending]
-    if pending:
-        compiled = programs.student_steps(experiment, plan, distillation, several)
-        own = Arm(experiment, arm, plan, distillation, taught()[0] if taught else None)
-    for group in groups:
+    c, directory = experiment.config, workdir / "students"
+    seeds, found = range(c.seed, c.seed + c.seeds), {}
+    for arm, plan in plans.items():
+        own = {"arm": arm, "plan": [stage._asdict() for stage in plan]}
+        for seed in seeds:
+            found[arm, seed] = results.result(directory / arm / f"seed{seed}", summary.STUDENT, seed=seed, **own)
+
+    @functools.cache
+    def compiled(arms: tuple[str, ...], several: Several | None) -> tuple:
+        if len(arms) > 1:
+            return programs.study_steps(experiment, {arm: plans[arm] for arm in arms}, distillations, several)
+        return programs.student_steps(experiment, plans[arms[0]], distillations.get(plans[arms[0]][0].teacher), several)
+
+    pending = {arm: tuple(seed for seed in seeds if found[arm, seed] is None) for arm in plans}
+    for group in groups(experiment, directory, pending):
         preemption.check()
-        found |= dict(zip(group, _learn(own, directory, group, compiled, several), strict=True))
-    return list(found.values())
+        several = experiment.several(len(group.seeds), len(group.arms))
+        arms = {}
+        for arm in group.arms:
+            name = plans[arm][0].teacher
+            teacher = taught[name]()[0] if name in taught else None
+            arms[arm] = Arm(experiment, arm, plans[arm], distillations.get(name), teacher)
+        found |= _learn(arms, directory, group.seeds, compiled(group.arms, several), several)
+    return [*found.values()]
 
 
-def _learn(arm: Arm, directory: Path, seeds: Sequence[int], compiled: tuple, several: Several | None) -> list[dict]:
-    """The results of students that are not trained yet, in `directory`/seedN. compiled: `programs.student_steps` of so many."""
+def groups(experiment: Experiment, directory: Path, pending: Mapping[str, tuple[int, ...]]) -> list[Group]:
+    """Who trains with whom, of the seeds of each arm that are not trained yet; those who have begun together go on so.
+
+    directory: of all students. Raises UserError where some of those who learn from each other are finished.
+    """
+    c = experiment.config
+    seeds = tuple(range(c.seed, c.seed + c.seeds))
+    left, found = {arm: list(own) for arm, own in pending.items()}, []
+    online = "student.online" if c.student.online else "student.mutual"
+    for group in distributed.decide(lambda: _begun(directory)):
+        ours = {*group.arms} <= {*left} and {*group.seeds} <= {*seeds} and (c.student.study or len(group.arms) == 1)
+        whole = group.seeds == seeds or not c.student[online.removeprefix("student.")]
+        waiting = [seed for arm in group.arms for seed in left.get(arm, ()) if seed in group.seeds]
+        if ours and whole and waiting and experiment.several(len(group.seeds), len(group.arms)):
+            found.append(group)
+            left |= {arm: [seed for seed in left[arm] if seed not in group.seeds] for arm in group.arms}
+    for arm, own in left.items():
+        if c.student[online.removeprefix("student.")] and 0 < len(own) < len(seeds):
+            raise UserError(
+                f"seeds: of {arm} {len(seeds) - len(own)} of {len(seeds)} students are finished, and those of {online} "
+                "learn from each other from their first step on; begin a new workdir"
+            )
+    by_seeds: dict[tuple, list[str]] = {}
+    for arm, own in left.items():
+        by_seeds.setdefault((*own,) if c.student.study else (*own, arm), []).append(arm)
+    for arms in by_seeds.values():
+        own = tuple(left[arms[0]])
+        if experiment.several(len(own), len(arms)):
+            found.append(Group(tuple(arms), own))
+        else:
+            found += [Group((arm,), (seed,)) for arm in arms for seed in own]
+    return [group for group in found if group.seeds]
+
+
+def _folder(group: Group) -> str:
+    """Where they train together, below `students`: not at home in any seed's directory; those are written when all have
+    finished."""
+    return f"{'+'.join(group.arms)}/seeds{'+'.join(map(str, group.seeds))}"
+
+
+def _begun(directory: Path) -> list[Group]:
+    """Those who have trained together, and not to their end."""
+    found = []
+    for path in storage.holding(directory, "checkpoints"):
+        arms, seeds = path.parts[-2].split("+"), path.parts[-1].removeprefix("seeds").split("+")
+        if path.parts[-1].startswith("seeds") and all(map(str.isdigit, seeds)):
+            found.append(Group(tuple(arms), tuple(map(int, seeds))))
+    return found
+
+
+def _learn(
+    arms: Mapping[str, Arm], directory: Path, seeds: Sequence[int], compiled: tuple, several: Several | None
+) -> dict[tuple[str, int], dict]:
+    """{(arm, seed): result} of students that are not trained yet, in `directory`/ARM/seedN. compiled: `programs.student_steps`,
+    or `study_steps`, of so many."""
+    name = next(iter(arms))
     if several:
-        # Not at home in any seed's directory while they train; those are written when all have finished.
-        path, label = directory / f"seeds{'+'.join(map(str, seeds))}", f"{arm.name}, {len(seeds)} seeds"
-        learnt = _train(arm, path, label, seeds, compiled, several)
-        done = [_leave(arm, directory, seeds, i, learnt) for i in range(len(seeds))]
+        path = directory / _folder(Group(tuple(arms), tuple(seeds)))
+        if len(arms) > 1:
+            learnt = _study(arms, path, f"study of {len(arms)} arms, {len(seeds)} seeds", seeds, compiled, several)
+        else:
+            learnt = {name: _train(arms[name], path, f"{name}, {len(seeds)} seeds", seeds, compiled, several)}
+        done = {
+            (name, seed): _leave(arm, directory / name, seeds, i, learnt[name])
+            for name, arm in arms.items() for i, seed in enumerate(seeds)
+        }  # fmt: skip
     else:
-        path = directory / f"seed{seeds[0]}"
-        learnt = _train(arm, path, f"{arm.name}/seed{seeds[0]}", seeds[0], compiled)
-        done = [arm.result(seeds[0], learnt.rows, learnt.snapshots)]
-    for seed, result in zip(seeds, done, strict=True):
-        distributed.write(directory / f"seed{seed}" / "result.json", json.dumps(result))
+        learnt = _train(arms[name], directory / name / f"seed{seeds[0]}", f"{name}/seed{seeds[0]}", seeds[0], compiled)
+        done = {(name, seeds[0]): arms[name].result(seeds[0], learnt.rows, learnt.snapshots)}
+    for (name, seed), result in done.items():
+        distributed.write(directory / name / f"seed{seed}" / "result.json", json.dumps(result))
     if several and distributed.primary():
         storage.remove(path)
-    return json.loads(json.dumps(done))
+        if len(arms) > 1 and not storage.names(path.parent):
+            storage.remove(path.parent, missing_ok=True)
+    return {key: json.loads(json.dumps(result)) for key, result in done.items()}
 
 
 def _train(
@@ -125,20 +199,41 @@ def _train(
 ) -> Student:
     """A run of one student, or of several, whose seeds are [students]."""
     experiment, c = arm.experiment, arm.experiment.config.student
-    cadence = experiment.cadence(arm.ends[-1], c.batch_size)
-    cadence = cadence._replace(tracker="") if several else cadence  # each is a run by itself, in `_leave`
     return distil(
         experiment.student, arm.teacher, experiment.task, distiller=arm.distillation, plan=arm.plan, batch_size=c.batch_size,
         optimizer=experiment.rule("student", *experiment.spans(arm.plan)), seed=seed,
         # Students that share their batches see those of the first seed, whether they train together or not.
         data_seed=experiment.config.seed if c.batches == "shared" else None,
         start=experiment.start.get("student"), reset=c.reset, connectors=c.connectors, directory=directory, label=label,
-        cadence=cadence, several=several, profiled=experiment.config.profile,
+        cadence=_cadence(arm, several), several=several, profiled=experiment.config.profile,
         patience=experiment.config.evaluation.patience, compiled=compiled,
     )  # fmt: skip
 
 
-def _leave(arm: Arm, directory: Path, seeds: Sequence[int], index: int, learnt: Student) -> dict:
+def _study(
+    arms: Mapping[str, Arm], directory: Path, label: str, seeds: Sequence[int], compiled: tuple, several: Several
+) -> dict[str, study.Learnt]:
+    """A run of the students of several arms."""
+    first = next(iter(arms.values()))
+    experiment, c = first.experiment, first.experiment.config.student
+    lessons = {
+        name: Lesson(experiment.student, arm.plan, arm.distillation, arm.teacher, experiment.task,
+                     experiment.rule("student", *experiment.spans(arm.plan)), several, c.reset, c.connectors)
+        for name, arm in arms.items()
+    }  # fmt: skip
+    return study.learn(
+        lessons, experiment.task, seeds, compiled, batch_size=c.batch_size, order=experiment.config.seed,
+        start=experiment.start.get("student"), directory=directory, label=label, cadence=_cadence(first, several),
+        profiled=experiment.config.profile,
+    )  # fmt: skip
+
+
+def _cadence(arm: Arm, several: Several | None) -> loop.Cadence:
+    cadence = arm.experiment.cadence(arm.ends[-1], arm.experiment.config.student.batch_size)
+    return cadence._replace(tracker="") if several else cadence  # each is a run by itself, in `_leave`
+
+
+def _leave(arm: Arm, directory: Path, seeds: Sequence[int], index: int, learnt: Student | study.Learnt) -> dict:
     """The result of one of several students; writes the rows and checkpoints that it would have written alone."""
     directory = directory / f"seed{seeds[index]}"
     if distributed.primary():

@@ -23,7 +23,8 @@ FORMAT, VERSION = "pwkd_jax.workdir", 1
 FREE = (
     "name", "arms", "seeds", "data.data_dir", "data.copy", "data.workers", "data.on_device", "steps_per_dispatch",
     "teacher.run", "student.ensemble", "log.every", "log.tensorboard", "log.tracker", "checkpoint.every", "mesh.model",
-    "teacher.sharding", "student.sharding", "student.teacher_sharding", "student.together", "profile",
+    "teacher.sharding", "student.sharding", "student.teacher_sharding", "student.together", "student.study",
+    "profile",
 )  # fmt: skip
 
 

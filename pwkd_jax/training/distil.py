@@ -31,9 +31,10 @@ from pwkd_jax.training import (
 )
 from pwkd_jax.training import student as students
 from pwkd_jax.training.fusion import Fusion
+from pwkd_jax.training.lessons import Lesson
 from pwkd_jax.training.mutual import Mutual
 from pwkd_jax.training.non_finite import skipping
-from pwkd_jax.training.outcome import Student, judged, judged_as_trained
+from pwkd_jax.training.outcome import Student, judged
 from pwkd_jax.training.state import State
 from pwkd_jax.training.task import Task
 from pwkd_jax.training.teacher import Teacher, as_teacher
@@ -65,7 +66,7 @@ def fit(
     )  # fmt: skip
 
 
-def programs(
+def uncompiled(
     student: nn.Module,
     members: dict[float, nn.Module],
     plan: Sequence[Stage],
@@ -76,8 +77,6 @@ def programs(
     same_crop: bool = True,
     data_seed: int | None = None,
     several: students_together.Several | None = None,
-    sharding_how: str = "replicated",
-    start: dict | None = None,
     metrics: Callable | None = None,
     skip: bool = False,
     mix: data.Mixing | None = None,
@@ -86,37 +85,45 @@ def programs(
     fixed: Sequence[str] = (),
     mutual: Mutual | None = None,
     fusion: Fusion | None = None,
-) -> tuple[Callable, dict[tuple[float, ...], Callable]]:
-    """(creator of the first state from (seed, variables to start from or None), {widths: compiled step(state, batch, teacher)})
-    for all seeds and stages of a plan. members: {width: model} of the teacher. The rest as `student.make_step` has it; several:
-    of so many students at once, by their seeds [students]; skip: steps that are not finite, see `non_finite.skipping`; ema: see
+) -> tuple[Callable, Callable]:
+    """(make(seed, variables to start from or None) -> first state, stepping(widths) -> step(state, batch, teacher, once)) of
+    all seeds and stages of a plan. members: {width: model} of the teacher. The rest as `student.make_step` has it; several: of
+    so many students at once, by their seeds [students]; skip: steps that are not finite, see `non_finite.skipping`; ema: see
     `averaging`, 0 is off."""
 
     def make(seed, given):
         made = students.init(student, task.image_shape, distillation, rule.direction, seed, given, fusion)
         return made.replace(average=averaging.begin(made.params, made.collections)) if ema else made
 
-    if several:
-        layout = several.layout if several.mesh else None
-        seeds = np.zeros(several.count, np.uint32)
-        create = sharding.creator(task.mesh, students_together.stacked(make), sharding_how, seeds, start, layout=layout)
-    else:
-        create = sharding.creator(task.mesh, make, sharding_how, 0, start)
-
-    def compiled(widths: tuple[float, ...]) -> Callable:
+    def stepping(widths: tuple[float, ...]) -> Callable:
         step = students.make_step(
             student, members, widths, distillation, plan, *rule, task.preprocess, images=len(task.train), same_crop=same_crop,
             data_seed=data_seed, several=several, own=metrics, mix=mix, accumulate=accumulate,
             fixed=fixed, mutual=mutual, fusion=fusion, strong=task.strong,
         )  # fmt: skip
         step = averaging.averaging(step, ema) if ema else step
-        step = skipping(step) if skip else step
-        return sharding.jit_step(task.mesh, dispatch.many(step, task.image_shape), create.layout)
+        return skipping(step) if skip else step
 
-    every = dict.fromkeys(stage.widths for stage in plan)
-    return create, {
-        w: students.Drawn(compiled(w), {x: compiled((x,)) for x in w}) if len(w) > 1 else compiled(w) for w in every
-    }
+    return students_together.stacked(make) if several else make, stepping
+
+
+def programs(
+    student: nn.Module, members: dict[float, nn.Module], plan: Sequence[Stage], distillation: Distillation | None, task: Task,
+    rule: optimizers.Rule, *, several: students_together.Several | None = None, sharding_how: str = "replicated",
+    start: dict | None = None, **options,
+) -> tuple[Callable, dict[tuple[float, ...], Callable]]:  # fmt: skip
+    """(creator of the first state from (seed, variables to start from or None), {widths: compiled step(state, batch, teacher)})
+    of `uncompiled`, which takes `options` too."""
+    make, stepping = uncompiled(student, members, plan, distillation, task, rule, several=several, **options)
+    layout = several.layout if several and several.mesh else None
+    create = sharding.creator(task.mesh, make, sharding_how, several.seeds if several else 0, start, layout=layout)
+    compiled = functools.partial(compile_step, task, create.layout)
+    return create, {widths: compiled(stepping(widths)) for widths in dict.fromkeys(stage.widths for stage in plan)}
+
+
+def compile_step(task: Task, layout: State, step: Callable) -> Callable:
+    """A step compiled for the batches of a task, its state left in `layout`."""
+    return sharding.jit_step(task.mesh, dispatch.many(step, task.image_shape), layout)
 
 
 def distil(
@@ -210,38 +217,23 @@ def distil(
         data_seed=data_seed, several=several, sharding_how=sharding, start=start, metrics=arguments.own_metrics(metrics),
         skip=non_finite == "skip", mix=mix, accumulate=accumulate, ema=ema, fixed=fixed,
     )  # fmt: skip
-    init = jax.vmap(rule.direction.init) if several else rule.direction.init
+    lesson = Lesson(student, plan, distillation, teacher, task, rule, several, reset, connectors)
     seed = np.asarray(seed, np.uint32) if several else seed
 
     def fresh() -> State:
         return create(seed, start)
 
     def enter(state: State) -> State:
-        if not int(state.step):
-            return state
-        return jax.device_put(students.enter_stage(state, fresh, init, reset, connectors), create.layout)
-
-    def evaluate(state: State) -> dict[str, float]:
-        if not several:
-            return scores(state)
-        members = [task.place(students_together.member(state, i)) for i in range(several.count)]
-        return students_together.names([scores(m) for m in members])
-
-    def scores(state: State) -> dict[str, float]:
-        found = task.scores(*judged(student, distillation, plan, teacher, state))
-        if "top1" in found and averaging.averages(state):
-            found["raw_top1"] = task.scores(*judged_as_trained(student, distillation, plan, teacher, state))["top1"]
-        return found
+        return jax.device_put(lesson.enter(state, fresh), create.layout) if int(state.step) else state
 
     here = task.on(several.mesh) if several and several.mesh else task
     frozen = here.place(teacher.variables) if teacher and here is not task else teacher.variables if teacher else {}
     order = data_seed if data_seed is not None else int(np.ravel(seed)[0])
 
     def segment(number: int, stage: Stage) -> loop.Segment:
-        step, taught = stepping[stage.widths], {w: frozen[w] for w in stage.widths}
-        drawn = jax.default_backend() == "cpu" and isinstance(step, students.Drawn)
-        single = functools.partial(step.at, order, taught) if drawn else None
-        return loop.Segment(stage.end, functools.partial(step, teacher=taught), enter, _stage(plan, number), single)
+        taught = {w: frozen[w] for w in stage.widths}
+        step = functools.partial(stepping[stage.widths], teacher=taught)
+        return loop.Segment(stage.end, step, enter, stages.title(plan, number))
 
     segments = [segment(i, s) for i, s in enumerate(plan)]
     chosen = [selection.KEY] if task.validator else []
@@ -260,29 +252,34 @@ def distil(
         })  # fmt: skip
     if directory:
         distributed.write(directory / "parameters.txt", overview + "\n")
-    state, rows = loop.run(
-        directory, label, state, segments, here.batches(size, order), evaluate,
-        cadence or loop.usual(ends[-1], -(-images // size)), images=images, batch_size=size, texts={"parameters": overview},
-        keep=ends, profiled=profiled, callback=callback, held=functools.partial(here.held, size, order), chosen=chosen,
-        patience=patience,
+    state, rows, kept, best = run(
+        directory, label, state, segments, here, lesson.evaluate, cadence or loop.usual(ends[-1], -(-images // size)),
+        batch_size=size, order=order, chosen=chosen, profiled=profiled, callback=callback, patience=patience,
+        texts={"parameters": overview},
     )  # fmt: skip
-    ends[-1] = int(state.step)  # earlier than planned, where patience ended
-    kept = loop.snapshots(directory, state, ends) if directory and len(ends) > 1 else [state]
-    bests = [selection.best(rows, key) for key in chosen] if directory else []
-    best = loop.snapshots(directory, state, bests) if bests else []
     own = task.place(students_together.member(state, 0)) if several else state
     model, variables = judged(student, distillation, plan, teacher, own)
-    found = Student(model, variables, task.card(precision.plain(student), {"steps": ends[-1]}), rows, state, kept, best)
+    found = Student(model, variables, task.card(precision.plain(student), {"steps": int(state.step)}), rows, state, kept, best)
     if directory and not compiled and not isinstance(model, students.Assisted):
         found.save(directory / weights.STUDENT)
     return found
 
 
-def _stage(plan: Sequence[Stage], index: int) -> str:
-    """Which stage it is and who teaches, in words; "" of the only one without a teacher."""
-    widths = " or ".join(f"{w:g}" for w in plan[index].widths)
-    taught = [f"teacher width {widths}"] if widths else []
-    return ", ".join(([f"stage {index + 1} of {len(plan)}"] if len(plan) > 1 else []) + taught)
+def run(
+    directory: Path | None, label: str, state: State, segments: Sequence[loop.Segment], task: Task, evaluate: Callable,
+    cadence: loop.Cadence, *, batch_size: int, order: int, chosen: Sequence[str], **options,
+) -> tuple[State, list[dict], list[State], list[State]]:  # fmt: skip
+    """(last state, rows, states at the segments' ends, states that were best by each of the keys `chosen`) of `loop.run`, which
+    takes `options` too. order: seed of the order of images."""
+    ends = [segment.end for segment in segments]
+    state, rows = loop.run(
+        directory, label, state, segments, task.batches(batch_size, order), evaluate, cadence, images=len(task.train),
+        batch_size=batch_size, keep=ends, held=functools.partial(task.held, batch_size, order), chosen=chosen, **options,
+    )  # fmt: skip
+    ends[-1] = int(state.step)  # earlier than planned, where patience ended
+    kept = loop.snapshots(directory, state, ends) if directory and len(ends) > 1 else [state]
+    bests = [selection.best(rows, key) for key in chosen] if directory else []
+    return state, rows, kept, loop.snapshots(directory, state, bests) if bests else []
 
 
 def _refuse_unlike(teacher: Teacher, task: Task) -> None:

@@ -22,23 +22,20 @@ def fit(
     until: int,
     hooks: Sequence[Callable] = (),
     due: Callable[[int], bool] = lambda at: True,
-    single: Callable[[int], Callable] | None = None,
 ) -> State:
     """Train to global step `until`: state, metrics = step(state, pipeline(n)), then every hook(n + 1, state, metrics).
 
     A hook that returns True has training end there. Hooks run in the order given, before the next batch is taken: log and
     evaluate first, save last, so that a checkpoint never stands without the metrics that led to it. A pipeline with `most`
     gives up to so many batches at once, pipeline(n, count), to one call of `step`; hooks run after such a chunk, and one ends
-    at every step that is due. single(n): the step function of step n in place of `step`, where the pipeline gives one batch at
-    a time.
+    at every step that is due.
     """
     at, most = int(state.step), getattr(pipeline, "most", 1)
     while at < until:
         count = 1
         while count < most and at + count < until and not due(at + count):
             count += 1
-        now = single(at) if single and most == 1 else step
-        state, metrics = now(state, pipeline(at) if count == 1 else pipeline(at, count))
+        state, metrics = step(state, pipeline(at) if count == 1 else pipeline(at, count))
         at += count
         ended = [hook(at, state, metrics) for hook in hooks]
         if any(ended):
@@ -47,14 +44,12 @@ def fit(
 
 
 class Segment(NamedTuple):
-    """Part of a run under one step function. enter(state) -> state is applied at its first step. name: in words. single: see
-    `fit`."""
+    """Part of a run under one step function. enter(state) -> state is applied at its first step. name: in words."""
 
     end: int
     step: Callable
     enter: Callable
     name: str = ""
-    single: Callable[[int], Callable] | None = None
 
 
 class Cadence(NamedTuple):
@@ -198,7 +193,7 @@ def run(
                 if int(state.step) == start:
                     state = segment.enter(state)
                 state = fit(state, segment.step, pipeline, segment.end, (trace, record, told, save, stop),
-                            lambda at: due(at) or trace.due(at) or watch.near(at), segment.single)  # fmt: skip
+                            lambda at: due(at) or trace.due(at) or watch.near(at))  # fmt: skip
             start = segment.end
     except jax.errors.JaxRuntimeError as e:
         distributed.leave(e)  # rather than wait for a save in which a dead process has a part

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from pwkd_jax import models, slimmable
+from pwkd_jax import distillers, models, slimmable
 from pwkd_jax.data import Mixing
 from pwkd_jax.distillers import Distillation, Progress, reruns
 from pwkd_jax.models import again, convolution
@@ -81,10 +81,11 @@ def make_step(
     fusion: Fusion | None = None,
     strong: Callable | None = None,
 ) -> Callable:
-    """step(state, batch, teacher) -> (state, metrics) for the stages that `widths` teach; no widths is no teacher.
+    """step(state, batch, teacher, once) -> (state, metrics) for the stages that `widths` teach; no widths is no teacher.
 
     teacher: {width: frozen variables of the narrow model}, read in evaluation mode and never written. Several widths: one is
-    drawn at each step. One program serves every stage with the same widths: what differs between them (learning rate, steps
+    drawn at each step. once: what the arms of a study, whose steps are traced one after another, compute but once, see `study`.
+    One program serves every stage with the same widths: what differs between them (learning rate, steps
     seen in the stage) comes from the state's step. images: in one epoch. data_seed: of augmentation and drawn widths, in place
     of the state's own. several: the state is that of several students, see `students_together`. own(outputs, labels) -> {name:
     per-image values [B]}: metrics besides ours. mix: what becomes of images and labels; the teacher sees the same ones, unless
@@ -92,146 +93,160 @@ def make_step(
     fixed: parts of the student that stay as they are, see `freezing`. mutual, fusion: what several students learn from each
     other; at most one of these. strong: `preprocess` to a strong view, for methods that ask for one.
     """
+    locate, name = place(plan), plan[0].teacher
     views = bool(widths) and getattr(distillation.distiller, "views", False)
-    locate, as_predicting = place(plan), functools.partial(freezing.as_predicting, fixed)
+    both, as_predicting = bool(widths) and reruns(distillation.distiller), functools.partial(freezing.as_predicting, fixed)
 
-    def train(state: State, batch: dict, teacher: dict[float, dict]):
-        common = state if data_seed is None else state.replace(seed=jnp.uint32(data_seed))
+    def see(common: State, batch: dict) -> tuple[dict, jax.Array]:
+        """The batch as students see it, and the teacher's images of it."""
         inputs = preprocess(rng(common, 0), batch["image"])
         teacher_images = inputs if same_crop else preprocess(rng(common, 2), batch["image"])
         if mix:
             inputs, targets = mix(rng(common, 5), inputs, batch["label"])
             teacher_images = inputs if same_crop else mix(rng(common, 6), teacher_images, batch["label"])[0]
             batch = batch | {"label": jnp.argmax(targets, -1), "target": mix.weigh(targets)}
+        return batch | {"image": inputs}, teacher_images
+
+    def train(state: State, batch: dict, teacher: dict[float, dict], once: dict):
+        common = state if data_seed is None else state.replace(seed=jnp.uint32(data_seed))
+        sent = batch
+        batch, teacher_images = _once(once, "images", lambda: see(common, sent))
         if views:
-            batch = batch | {"strong": strong(rng(common, 7), batch["image"])}
-        batch = batch | {"image": inputs}
+            batch = batch | {"strong": _once(once, "strong", lambda: strong(rng(common, 7), sent["image"]))}
+        inputs = batch["image"]
         stage, at = locate(state.step)
         progress = Progress(stage, at, at * (len(batch["label"]) / images))
+        drawn = jax.random.randint(rng(common, 1), (), 0, len(widths)) if len(widths) > 1 else 0
+
+        def of_drawn(branch: Callable[[float], Any]) -> Any:
+            """branch(width) of the width that teaches. Of a student it holds no more than the loss: in a branch, as in a loop
+            (see `dispatch`), XLA has no fast kernels on CPU for the gradients of convolutions."""
+            return jax.lax.switch(drawn, [lambda w=w: branch(w) for w in widths]) if len(widths) > 1 else branch(widths[0])
+
+        def look(images: jax.Array, known: dict) -> dict[float, models.Outputs]:
+            """What the teacher says at each width, zeros at those that are not drawn. known: what it said already."""
+
+            def at(width: float):
+                with convolution.products():
+                    return models.apply(teachers[width], teacher[width], images, train=False)[0]
+
+            if len(widths) == 1:
+                return {w: _once(known, (name, w), lambda w=w: at(w)) for w in widths}
+            said = {w: known[name, w] for w in widths if (name, w) in known}
+            like = {w: jax.eval_shape(lambda w=w: at(w)) for w in widths if w not in said}
+
+            def one(width: float):
+                return {w: at(w) if w == width else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like[w]) for w in like}
+
+            return said | (of_drawn(one) if like else {})
 
         rows, rest = accumulation.rows_of(batch | {"teacher": teacher_images}, len(inputs))
+        whole = look(teacher_images, once) if widths and accumulate == 1 else {}  # once for all students
 
-        def taught_by(width: float | None):
-            def look(images: jax.Array):
-                if width is None:
-                    return None
-                frozen = teachers[width], teacher[width]
-                with convolution.products():
-                    out = models.apply(*frozen, images, train=False)[0]
-                return again.attach(out, *frozen, train=False) if reruns(distillation.distiller) else out
+        def forward(params, collections, keys, images):
+            key = keys[1] if models.draws(model, inputs.shape[1:]) else None
+            own_params = params | {"student": freezing.stopped(params["student"], fixed)}
+            with as_predicting():
+                return models.forward(model, read(own_params, collections), images, train=True, key=key)
 
-            whole = look(teacher_images) if accumulate == 1 else None  # once for all students
+        def with_themselves(width, out, taught, params, collections):
+            """The outputs of student and teacher, with the networks where the method runs them once more."""
+            if not both:
+                return out, taught
+            own_params = params | {"student": freezing.stopped(params["student"], fixed)}
+            out = again.attach(out, model, read(own_params, collections), True, as_predicting)
+            return out, again.attach(taught, teachers[width], teacher[width], train=False)
 
-            def forward(params, collections, keys, images):
-                key = keys[1] if models.draws(model, inputs.shape[1:]) else None
-                own_params = params | {"student": freezing.stopped(params["student"], fixed)}
-                with as_predicting():
-                    return models.forward(model, read(own_params, collections), images, train=True, key=key)
+        def said(state: State, _):
+            out = forward(state.params, state.collections, (rng(state, 3), rng(state, 4)), inputs)[0]
+            return fusion.said(out) if fusion else out.logits
 
-            def with_itself(out, params, collections):
-                if width is None or not reruns(distillation.distiller):
-                    return out
-                own_params = params | {"student": freezing.stopped(params["student"], fixed)}
-                return again.attach(out, model, read(own_params, collections), True, as_predicting)
+        # The same computation as in each student's loss, which the compiler makes once.
+        everyone = several.everyone(said, state) if mutual or fusion else None
 
-            def said(state: State, _):
-                out = forward(state.params, state.collections, (rng(state, 3), rng(state, 4)), inputs)[0]
-                return fusion.said(out) if fusion else out.logits
+        def from_others(index, params, collections, out, batch):
+            """(loss, statistics of the student's modules, metrics)."""
+            if mutual:
+                return (off := mutual(out.logits, everyone)), {}, {"mutual": off}
+            if not fusion:
+                return 0, {}, {}
+            labels, epoch = batch.get("target", batch["label"]), state.step * (len(batch["label"]) / images)
+            return fusion(params["online"], collections["online"], index, out, everyone, labels, epoch)
 
-            # The same computation as in each student's loss, which the compiler makes once.
-            everyone = several.everyone(said, state) if mutual or fusion else None
+        def loss_fn(params, collections, keys, rows, index=0):
+            taught = whole or (look(rows["teacher"], {}) if widths else {})
+            batch = {name: value for name, value in (rest | rows).items() if name != "teacher"}
+            out, kept = forward(params, collections, keys, batch["image"])
+            seen = {"train_top1": metrics.top1(out.logits, batch["label"])} | (own(out, batch["label"]) if own else {})
+            more, online, heard = from_others(index, params, collections, out, batch)
+            if not widths:
+                loss = jnp.mean(slimmable.cross_entropy(out.logits, batch.get("target", batch["label"])))
+                values = {**seen, "cross_entropy": loss, **heard}
+                return loss + more, (_collections(kept, collections["distiller"], online), values)
+            loss, known, values = of_drawn(lambda width: distillation(
+                params["distiller"], collections["distiller"], width,
+                *with_themselves(width, out, taught[width], params, collections), batch, progress, keys[0],
+            ))  # fmt: skip
+            return loss + more, (_collections(kept, known, online), {**seen, **values, **heard})
 
-            def from_others(index, params, collections, out, batch):
-                """(loss, statistics of the student's modules, metrics)."""
-                if mutual:
-                    return (off := mutual(out.logits, everyone)), {}, {"mutual": off}
-                if not fusion:
-                    return 0, {}, {}
-                labels, epoch = batch.get("target", batch["label"]), state.step * (len(batch["label"]) / images)
-                return fusion(params["online"], collections["online"], index, out, everyone, labels, epoch)
+        apart = isinstance(tx, dot.Apart) and bool(widths)
+        weight = getattr(distillation.distiller, "ce_weight", 1.0) if apart else 0.0
+        by_part = dot.gradient(loss_fn, lambda aux: weight * aux[1]["cross_entropy"]) if apart else None
+        waiting = _waiting(distillation, fusion)
+        gradient = by_part or accumulation.accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
 
-            def loss_fn(params, collections, keys, rows, index=0):
-                taught = look(rows["teacher"]) if whole is None else whole
-                batch = {name: value for name, value in (rest | rows).items() if name != "teacher"}
-                out, kept = forward(params, collections, keys, batch["image"])
-                seen = {"train_top1": metrics.top1(out.logits, batch["label"])} | (own(out, batch["label"]) if own else {})
-                more, online, heard = from_others(index, params, collections, out, batch)
-                if width is None:
-                    loss = jnp.mean(slimmable.cross_entropy(out.logits, batch.get("target", batch["label"])))
-                    values = {**seen, "cross_entropy": loss, **heard}
-                    return loss + more, (_collections(kept, collections["distiller"], online), values)
-                loss, known, values = distillation(
-                    params["distiller"], collections["distiller"], width, with_itself(out, params, collections), taught, batch,
-                    progress, keys[0],
-                )  # fmt: skip
-                return loss + more, (_collections(kept, known, online), {**seen, **values, **heard})
+        def learn(state: State, index=0):
+            keys, who = (rng(state, 3), rng(state, 4)), (index,) if fusion else ()
+            (loss, (collections, values)), grads = gradient(state.params, state.collections, keys, rows, *who)
+            before = state.params
+            state, used = apply_gradients(state, grads, collections, tx, schedule)
+            if waiting:
+                grads = jax.tree.map(jnp.add, *grads) if apart else grads
+                state = state.replace(params=state.params | _hold(before, state.params, grads, waiting))
+            if fixed:
+                student = freezing.kept(before["student"], state.params["student"], fixed)
+                state = state.replace(params=state.params | {"student": student})
+            return state, {"train_loss": loss, **used, **values}
 
-            apart = isinstance(tx, dot.Apart) and width is not None
-            weight = getattr(distillation.distiller, "ce_weight", 1.0) if apart else 0.0
-            by_part = dot.gradient(loss_fn, lambda aux: weight * aux[1]["cross_entropy"]) if apart else None
-            gradient = by_part or accumulation.accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
+        return (several.each(learn) if several else learn)(state)
 
-            def learn(state: State, index=0):
-                keys, who = (rng(state, 3), rng(state, 4)), (index,) if fusion else ()
-                (loss, (collections, values)), grads = gradient(state.params, state.collections, keys, rows, *who)
-                before = state.params
-                state, used = apply_gradients(state, grads, collections, tx, schedule)
-                if distillation is not None or fusion:
-                    grads = jax.tree.map(jnp.add, *grads) if apart else grads
-                    state = state.replace(params=_hold(before, state.params, grads))
-                if fixed:
-                    student = freezing.kept(before["student"], state.params["student"], fixed)
-                    state = state.replace(params=state.params | {"student": student})
-                return state, {"train_loss": loss, **used, **values}
-
-            return (several.each(learn) if several else learn)(state)
-
-        if len(widths) > 1:
-            return jax.lax.switch(draw(common, len(widths)), [lambda w=w: taught_by(w) for w in widths])
-        return taught_by(widths[0] if widths else None)
-
-    def step(state: State, batch: dict, teacher: dict[float, dict]):
-        state, values = (several.spread(train) if several else train)(state, batch, teacher)
+    def step(state: State, batch: dict, teacher: dict[float, dict], once: dict | None = None):
+        learn = functools.partial(train, once={} if once is None else once)
+        state, values = (several.spread(learn) if several else learn)(state, batch, teacher)
         return state, metrics.collect(several.named(values) if several else values)
 
     return step
 
 
-def draw(state: State, count: int) -> jax.Array:
-    """Which of `count` widths teaches at a state's step."""
-    return jax.random.randint(rng(state, 1), (), 0, count)
+def _once(kept: dict, key: Any, make: Callable[[], Any]) -> Any:
+    """make(), and the next time what it gave."""
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
 
 
-class Drawn:
-    """The step of a stage whose width is drawn at each step: `whole` draws by itself, and `each` has one program a width, of
-    which the host takes the drawn one. On CPU that is faster: in a branch, as in a loop (see `dispatch`), XLA has no fast
-    kernels for the gradients of convolutions."""
+def _waiting(distillation: Distillation | None, fusion: Fusion | None) -> list[str]:
+    """The parts of the parameters of which some may get no gradient at a step; to look costs a GPU a kernel for every array.
 
-    def __init__(self, whole: Callable, each: dict[float, Callable]):
-        self.whole, self.lower, self.each = whole, whole.lower, each
-        self._draw = jax.jit(lambda step, seed: draw(State(step, seed, (), (), ()), len(each)))
-
-    def __call__(self, state: State, batch, teacher: dict[float, dict]):
-        return self.whole(state, batch, teacher=teacher)
-
-    def at(self, seed: int, teacher: dict[float, dict], step: int) -> Callable:
-        """The program of the width drawn at a step, by the seed of the data."""
-        width = [*self.each][int(self._draw(np.int32(step), np.uint32(seed)))]
-        return functools.partial(self.each[width], teacher={width: teacher[width]})
-
-
-def _hold(before: dict, after: dict, grads: dict) -> dict:
-    """Parameters `after` a step, those that it gave no gradient as they were `before`.
-
-    Weight decay would otherwise shrink what waits: connectors outside a narrow stage's leading block, entry by entry, and
-    whole arrays of the student that a distiller's initial phase, or a method without cross entropy, does not train, and of the
-    modules of `fusion` that are another student's. PyTorch leaves such parameters alone too.
+    Connectors outside a narrow stage's leading block, entry by entry; and whole arrays of the student that a distiller's
+    initial phase, or a method without cross entropy, does not train, and of the modules of `fusion` that are another student's.
     """
-    waiting = {
-        part: jax.tree.map(lambda g, each=part == "distiller": g == 0 if each else jnp.all(g == 0), tree)
-        for part, tree in grads.items()
-    }
-    return jax.tree.map(lambda wait, old, new: jnp.where(wait, old, new), waiting, before, after)
+    method = distillation and distillation.distiller
+    held_back = bool(method) and (distillers.starts(method) or not getattr(method, "ce_weight", 1.0))
+    return [*(["distiller"] if method else []), *(["student"] if held_back or fusion else []), *(["online"] if fusion else [])]
+
+
+def _hold(before: dict, after: dict, grads: dict, parts: Sequence[str]) -> dict:
+    """Those `parts` of parameters `after` a step, what it gave no gradient as it was `before`: weight decay would otherwise
+    shrink what waits. PyTorch leaves such parameters alone too."""
+
+    def keep(part: str) -> dict:
+        def one(grad, old, new):
+            return jnp.where(grad == 0 if part == "distiller" else jnp.all(grad == 0), old, new)
+
+        return jax.tree.map(one, grads[part], before[part], after[part])
+
+    return {part: keep(part) for part in parts}
 
 
 def enter_stage(

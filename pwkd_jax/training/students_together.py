@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,6 +46,11 @@ class Several:
     count: int
     how: str
     mesh: Mesh | None = None
+
+    @property
+    def seeds(self) -> np.ndarray:
+        """Seeds that stand in for those to come, [students]."""
+        return np.zeros(self.count, np.uint32)
 
     def each(self, learn: Callable) -> Callable:
         """learn(state, index) -> (state, values) of one student, as a function of the stacked state: values [students, ...].
@@ -98,12 +104,12 @@ def _spec(axis: int | None) -> P:
     return P() if axis is None else P("seed")
 
 
-def several(how: str, count: int, devices: Sequence[jax.Device]) -> Several | None:
-    """How `count` students train for student.together = `how`; None for one by one.
+def several(how: str, count: int, devices: Sequence[jax.Device], arms: int = 1) -> Several | None:
+    """How `count` students of each of `arms` in one program train for student.together = `how`; None for one by one.
 
     devices: all there are. Raises UserError for `devices` without one for each.
     """
-    if count < 2 or how == "none":
+    if count * arms < 2 or how == "none":
         return None
     if how == "devices":
         if jax.process_count() > 1:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pwkd_jax import benchmark, config
-from pwkd_jax.cost import timing
+from pwkd_jax import config
+from pwkd_jax.cost import benchmark, timing
 from pwkd_jax.reporting.environment import environment
 from pwkd_jax.training import students_together
 
