@@ -111,7 +111,7 @@ def fitted(name: str, *options: str):
 
 @pytest.mark.parametrize("name", sorted(distillers.BUILTIN))
 def test_methods_that_read_labels_refuse_mixed_images_by_name(name):
-    reads = {"crd": "dataset_label", **dict.fromkeys(("dkd", "nkd", "ofa", "rld", "sdd", "sdd_dkd", "wkd_l"), "label")}
+    reads = {"crd": "dataset_label", **dict.fromkeys(("crld", "dkd", "nkd", "ofa", "rld", "sdd", "sdd_dkd", "wkd_l"), "label")}
     options = ["--config.student.mix.cutmix=1.0"]
     if name in reads:
         sentence = rf"student\.distiller: \w+ reads batch\['{reads[name]}'\].*leave student\.mix\.mixup and student\.mix"
