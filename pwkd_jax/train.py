@@ -10,6 +10,7 @@ Exit codes: 2, a mistake, in words; 75, stopped by SIGTERM or by the death of an
 command again.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__)
         return 0
     logging.set_verbosity(logging.FATAL)  # TFDS and Orbax warn of what a user here cannot act on; what fails is raised too
+    gc.set_threshold(100_000, 20, 20)  # tracing makes millions of objects that stay
     try:
         compilation_cache.enable()
         rest = distributed.start(argv)

@@ -4,8 +4,6 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 
-from scipy.special import stdtrit
-
 LINE = 100
 CONTROLS = ("kd_whole", "kd_whole_cyclic")
 
@@ -58,6 +56,8 @@ def interval(value: dict) -> tuple[float, float] | None:
     """(low, high) of the 95 % interval of a mean, by Student's t over its n values; None of one value."""
     if value["std"] is None:
         return None
+    from scipy.special import stdtrit  # half a second, which nobody waits for before training begins
+
     half = float(stdtrit(value["n"] - 1, 0.975)) * value["std"] / value["n"] ** 0.5
     return value["mean"] - half, value["mean"] + half
 

@@ -86,7 +86,7 @@ def creator(mesh: Mesh, make: Callable, how: str, *like, layout: Callable | None
     """
     made = jax.eval_shape(make, *like)
     layout = layout(made) if layout else shardings(mesh, made, how)
-    compiled = jax.jit(make, out_shardings=layout)
+    compiled = jax.jit(make, out_shardings=layout, compiler_options=_effort(mesh))
 
     def create(*args):
         return compiled(*place(mesh, args, how))

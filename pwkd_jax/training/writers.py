@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tqdm
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from pwkd_jax import storage
 from pwkd_jax.errors import UserError
@@ -48,14 +45,14 @@ class Writer:
             self._file.write(json.dumps(row) + "\n")
         if self._events:
             for name, value in scalars.items():
-                self._events.add(step, summary.scalar(name, value))
+                self._events.add(step, "scalar", name, value)
         if self._tracker:
             self._tracker.write(step, scalars)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         if self._events:
             for name, text in texts.items():
-                self._events.add(step, summary.text(name, text))
+                self._events.add(step, "text", name, text)
 
     def write_hparams(self, hparams: Mapping[str, object]) -> None:
         self.write_texts(0, {"config": "\n".join(f"    {k}: {v}" for k, v in hparams.items())})
@@ -85,17 +82,30 @@ class _Events:
     """
 
     def __init__(self, directory: Path, start: int):
-        self._file = EventsWriter(str(directory / "events"))
-        # What a killed run wrote after `start` is no longer shown.
-        self._file.write_event(Event(step=start + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
+        self._directory, self._start, self._file = directory, start, None
+        self._new: list[tuple] = []
 
-    def add(self, step: int, found: summary.Summary) -> None:
-        self._file.write_event(Event(step=step, wall_time=time.time(), summary=found))
+    def add(self, step: int, kind: str, name: str, value: float | str) -> None:
+        self._new.append((step, time.time(), kind, name, value))
 
     def flush(self) -> None:
+        # Not before something is to be written, for this import takes as long as a small program's compiling.
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        if self._file is None:
+            self._file = EventsWriter(str(self._directory / "events"))
+            # What a killed run wrote after `start` is no longer shown.
+            begun = SessionLog(status=SessionLog.START)
+            self._file.write_event(Event(step=self._start + 1, wall_time=time.time(), session_log=begun))
+        for step, seconds, kind, name, value in self._new:
+            self._file.write_event(Event(step=step, wall_time=seconds, summary=getattr(summary, kind)(name, value)))
+        self._new.clear()
         self._file.flush()
 
     def close(self) -> None:
+        self.flush()
         self._file.close()
 
 
