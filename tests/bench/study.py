@@ -2,8 +2,8 @@
 [--student=resnet8] [--batch=32] [--seeds=3] [--rounds=5] [--way=unroll] [--json=FILE]
 
 All seven arms, four equal stages, with configs/cifar100.py on random images. Every program that either way runs takes turns; a
-round's ratio is the time of the study's steps, each of its spans as long as it lasts, over that of all runs' steps. Also the
-compiler's counts of operations and of bytes, in the same way. `--count` leaves the timing away.
+round's ratio is the time of the study's steps, each of its spans as long as it lasts, over that of all runs' steps. `--count`
+compares operations in the same way in place of times, and runs nothing.
 """
 
 import argparse
@@ -31,10 +31,8 @@ def setting(options: argparse.Namespace, *more: str):
     return benchmark.synthetic_setting(settings)
 
 
-def programs_of(options: argparse.Namespace) -> tuple[dict, dict]:
+def programs_of(options: argparse.Namespace, alone, together) -> tuple[dict, dict]:
     """({program: (its case, steps)} of all runs one by one, the same of the study)."""
-    alone = setting(options, "student.together=none")
-    together = setting(options, f"student.together={options.way}", "student.study=true")
     one, whole = {}, {}
     cases = benchmark.find_cases(alone)
     for arm in stages.ARMS:
@@ -50,11 +48,10 @@ def programs_of(options: argparse.Namespace) -> tuple[dict, dict]:
     return one, whole
 
 
-def counts(case: timing.Case) -> tuple[float, float]:
-    """(operations, bytes) of a step, by the compiler."""
-    state, batch = case.make(), case.batches(0)
-    found = case.lower(state, batch, **case.extra).compile().cost_analysis()
-    return found["flops"], found["bytes accessed"]
+def operations(experiment) -> float:
+    """Of all steps of all students, as XLA counts them before it compiles; where a width is drawn, of the widest."""
+    found = [p for p in programs.programs(experiment) if p.batch_key == "student.batch_size" and "eval" not in p.name]
+    return sum(p.runs * p.lower().cost_analysis()["flops"] for p in found)
 
 
 def main(arguments: list[str]) -> None:
@@ -68,31 +65,25 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     compilation_cache.enable()
-    one, whole = programs_of(options)
-    runs, every = options.seeds * len(stages.ARMS), one | whole
+    alone = setting(options, "student.together=none")
+    together = setting(options, f"student.together={options.way}", "student.study=true")
+    runs = options.seeds * len(stages.ARMS)
     result = {"runs": runs}
-
-    def ratio(found: dict[str, float]) -> float:
-        """What the study takes of what all runs take, of what a step of each program does."""
-        return total(whole, found) / total(one, found)
-
-    def total(group: dict, found: dict[str, float]) -> float:
-        return sum(steps * found[name] for name, (_, steps) in group.items())
-
     if options.count:
-        found = {name: counts(make()) for name, (make, _) in every.items()}
-        result |= {what: ratio({name: each[i] for name, each in found.items()}) for i, what in enumerate(("flops", "bytes"))}
-        print(f"a study of {runs} students: {result['flops']:.2f} of the operations and {result['bytes']:.2f} of the bytes of "
-              f"{runs} runs, by the compiler")  # fmt: skip
+        result["operations"] = operations(together) / operations(alone)
+        print(f"a study of {runs} students: {result['operations']:.2f} of the operations of {runs} runs")
     else:
-        timers = [timing.Timer(name, make(), 1.0) for name, (make, _) in every.items()]
+        one, whole = programs_of(options, alone, together)
+        timers = [timing.Timer(name, make(), 1.0) for name, (make, _) in (one | whole).items()]
         for number in range(options.rounds):
             print(f"round {number + 1}", file=sys.stderr, flush=True)
             for timer in timers:
                 timer.round()
-        rounds = [ratio({timer.name: timer.found[r][1] for timer in timers}) for r in range(options.rounds)]
-        result |= {"ratio": [statistics.median(rounds), min(rounds), max(rounds)], "rounds": rounds,
-                   "step_seconds": {timer.name: [fed for _, fed in timer.found] for timer in timers}}  # fmt: skip
+        found = {timer.name: [fed for _, fed in timer.found] for timer in timers}
+        totals = [[sum(steps * found[name][r] for name, (_, steps) in group.items()) for r in range(options.rounds)]
+                  for group in (one, whole)]  # fmt: skip
+        rounds = [b / a for a, b in zip(*totals, strict=True)]
+        result |= {"ratio": [statistics.median(rounds), min(rounds), max(rounds)], "rounds": rounds, "step_seconds": found}
         print("a study of {} students: {:.2f} ({:.2f} to {:.2f}) of {} runs".format(runs, *result["ratio"], runs))
     if options.json:
         machine = environment() | {"processor": timing.processor(), "load": os.getloadavg()[0]}
