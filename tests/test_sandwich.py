@@ -118,6 +118,7 @@ print(json.dumps([[c.memory_analysis().temp_size_in_bytes, c.cost_analysis()["by
 """
 
 
+@pytest.mark.slow
 def test_a_tpu_holds_one_widths_activations():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("no libtpu, whose compiler counts: pip install 'jax[tpu]'")
