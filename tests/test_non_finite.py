@@ -113,7 +113,7 @@ def test_a_skipped_step_changes_nothing_and_is_counted(teacher, task, gradient):
     assert rows == {6: 0, 10: 0, 12: 0, 18: pytest.approx(100 / 6), 20: 0, 24: 0}
     assert all(np.isfinite(row["train_loss"]) for row in student.rows)
     _, unbroken = distil(teacher, task, Broken(99, gradient=gradient))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), seen[16], unbroken[16])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), seen[16], unbroken[16])
 
 
 def test_a_teacher_that_would_skip_every_step_stops(task):
