@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pwkd_jax.distillers import decompositions
 from pwkd_jax.distillers.feature_maps import Pairs, gram, normalise, same_channels, stage_pairs
 from pwkd_jax.distillers.logits import wide
 from pwkd_jax.errors import UserError
@@ -22,7 +23,7 @@ def leading(matrix: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _leading(matrix: jax.Array, n: int):
-    values, vectors = jnp.linalg.eigh(matrix)
+    values, vectors = decompositions.eigh(matrix)
     values, vectors = values[..., ::-1], vectors[..., ::-1]
     return (values[..., :n], vectors[..., :n]), (values, vectors)
 

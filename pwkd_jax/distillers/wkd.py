@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pwkd_jax.distillers import decompositions
 from pwkd_jax.distillers.feature_maps import gram, normalise, spans
 from pwkd_jax.distillers.logits import above_zero, chosen, log_softmax, wide
 from pwkd_jax.distillers.regressors import ConvReg
@@ -89,7 +90,7 @@ def full_losses(student: jax.Array, teacher: jax.Array, grid: int) -> tuple[jax.
 def nuclear(x: jax.Array) -> jax.Array:
     """[...]: the sum of the singular values of [..., n, n]; no gradient goes by those that are 0 to rounding."""
     fixed = jax.lax.stop_gradient(x)
-    u, values, v = jnp.linalg.svd(fixed, full_matrices=False)
+    u, values, v = decompositions.svd(fixed)
     kept = values > values[..., :1] * values.shape[-1] * jnp.finfo(x.dtype).eps
     polar = jnp.matmul(u * kept[..., None, :], v, precision="highest")
     return jnp.sum(values, axis=-1) + jnp.sum(polar * (x - fixed), axis=(-2, -1))
