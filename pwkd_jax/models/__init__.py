@@ -276,10 +276,5 @@ def as_outputs(out: Any) -> Outputs:
 
 def abstract(model: nn.Module, image_shape: tuple[int, ...]) -> dict:
     """Shapes and dtypes of the model's variables for images [H, W, C], without allocating anything."""
-    return jax.tree.map(lambda leaf: leaf, _abstract(model, tuple(image_shape)))
-
-
-@functools.lru_cache(maxsize=256)
-def _abstract(model: nn.Module, image_shape: tuple[int, ...]) -> dict:
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return dict(jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), images))
