@@ -15,7 +15,7 @@ from pwkd_jax.data import images, partial
 
 SAMPLINGS = {"4:4:4": 0x111111, "4:2:2": 0x211111, "4:2:0": 0x221111, "4:1:1": 0x411111, "4:4:0": 0x121111}
 
-needed = pytest.mark.skipif(partial.library() is None, reason="needs TurboJPEG 3, as of pip install turbojpeg")
+needed = pytest.mark.skipif(partial.turbojpeg() is None, reason="needs TurboJPEG 3, as of pip install turbojpeg")
 
 
 def drawn(height: int, width: int, sampling: str, progressive: bool = False, seed: int = 0) -> bytes:
@@ -83,8 +83,8 @@ def test_training_images_are_the_same_without_the_library(size, monkeypatch):
     numbers = rng.random((12, 41))
     real = partial.decode
     monkeypatch.setattr(partial, "decode", lambda *a: calls.append(real(*a) is not None) or real(*a))
-    for library in (partial.library, lambda: None):
-        monkeypatch.setattr(partial, "library", library)
+    for library in (partial.turbojpeg, lambda: None):
+        monkeypatch.setattr(partial, "turbojpeg", library)
         found.append([images.train_image(encoded, n, target, (0.08, 1.0), True) for n in numbers for target in (32, 96, 250)])
     assert calls == [True] * 36 + [False] * 36
     assert all(map(np.array_equal, *found))
@@ -135,4 +135,4 @@ def test_a_library_without_cropping_is_passed_over(monkeypatch):
     other = ctypes.util.find_library("c")
     assert other
     monkeypatch.setattr(partial, "_places", lambda: ["no such file", other])
-    assert partial.library.__wrapped__() is None
+    assert partial.turbojpeg.__wrapped__() is None

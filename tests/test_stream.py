@@ -175,7 +175,7 @@ def test_a_crop_shows_its_place_at_any_scale_of_decoding(shape, kind):
 def test_large_images_are_decoded_small(monkeypatch):
     asked = []
     real = images.decode
-    monkeypatch.setattr(partial, "library", lambda: None)
+    monkeypatch.setattr(partial, "turbojpeg", lambda: None)
     monkeypatch.setattr(images, "decode", lambda encoded, reduce=1: asked.append(reduce) or real(encoded, reduce))
     numbers = np.full(41, 0.5)  # a square crop of 0.54 of the area
     for side, reduce in ((40, 1), (86, 1), (90, 2), (176, 4), (349, 8), (800, 8)):

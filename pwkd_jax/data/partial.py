@@ -54,7 +54,7 @@ def _places() -> list[str]:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def turbojpeg() -> ctypes.CDLL | None:
     """TurboJPEG with cropping; None where none is installed."""
     for place in _places():
         try:
@@ -93,7 +93,7 @@ def decode(
     the part is not seen, but a file that is cut off is.
     """
     # The bytes FF D9 cannot be in coded pixels, so that they are here what ends an image.
-    if (lib := library()) is None or b"\xff\xd9" not in encoded[-64:]:
+    if (lib := turbojpeg()) is None or b"\xff\xd9" not in encoded[-64:]:
         return None
     if not hasattr(_thread, "decoder"):
         _thread.decoder = _Decoder(lib)

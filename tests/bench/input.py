@@ -107,7 +107,7 @@ def timed(work) -> tuple[float, float]:
 
 
 def timed_whole(work) -> tuple[float, float]:
-    with mock.patch.object(partial, "library", lambda: None):
+    with mock.patch.object(partial, "turbojpeg", lambda: None):
         return timed(work)
 
 
@@ -162,7 +162,7 @@ def machine() -> dict:
     return {"cpu": names[0] if names else platform.machine(), "cores": prefetch.cores(), "load": os.getloadavg(),
             "python": platform.python_version(), "kernel": platform.release(),
             **{name: version(name) for name in ("numpy", "opencv-python-headless", "pillow", "grain")},
-            "turbojpeg": str(partial.library() and Path(partial.library()._name).name)}  # fmt: skip
+            "turbojpeg": str(partial.turbojpeg() and Path(partial.turbojpeg()._name).name)}  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
