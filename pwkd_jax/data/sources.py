@@ -4,13 +4,11 @@ array_record, read without TensorFlow and without the network. Decoded once into
 import bisect
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -169,10 +167,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _digits() -> _Store:
-    # Its file alone, for importing scikit-learn takes seconds.
-    path = Path(importlib.util.find_spec("sklearn").origin).parent / "datasets/data/digits.csv.gz"
-    *values, labels = np.loadtxt(path, delimiter=",", unpack=True)
-    images = np.rint(np.stack(values, -1) * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    from sklearn.datasets import load_digits
+
+    values, labels = load_digits(return_X_y=True)
+    images = np.rint(values * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     is_test = np.arange(len(labels)) % 3 == 2
     splits = {s: Split(images[m], labels[m].astype(np.int32)) for s, m in (("train", ~is_test), ("test", is_test))}
 
