@@ -16,6 +16,7 @@ pre-flight's included, have kernels of their own.
 import contextlib
 import contextvars
 import functools
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -71,35 +72,12 @@ def convolve(images: jax.Array, kernel: jax.Array, window_strides, padding, **op
         return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], window_strides, padding)
-    own = depthwise.convolve if each else _convolve
+    own = _depthwise if each else _dense
     return own(images, kernel, tuple(window_strides), tuple(map(tuple, padding)))
 
 
 def _plain(images, kernel, strides, padding):
     return lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=NUMBERS)
-
-
-_convolve = jax.custom_vjp(_plain, nondiff_argnums=(2, 3))
-
-
-def _forward(images, kernel, strides, padding):
-    return _plain(images, kernel, strides, padding), (images, kernel)
-
-
-def _backward(strides, padding, saved, cotangent):
-    def own(images, kernel, cotangent):
-        return (
-            image_gradient(kernel, cotangent, images.shape[1:3], strides, padding),
-            kernel_gradient(images, cotangent, kernel.shape[:2], strides, padding),
-        )
-
-    def default(images, kernel, cotangent):
-        return jax.vjp(partial(_plain, strides=strides, padding=padding), images, kernel)[1](cotangent)
-
-    return lax.platform_dependent(*saved, cotangent, cpu=own, default=default)
-
-
-_convolve.defvjp(_forward, _backward)
 
 
 def image_gradient(kernel: jax.Array, cotangent: jax.Array, size, strides, padding) -> jax.Array:
@@ -131,6 +109,39 @@ def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padd
         found = lax.conv_general_dilated(images, cotangent, (1, 1), "VALID", rhs_dilation=strides, dimension_numbers=NUMBERS,
                                          preferred_element_type=jnp.float32).transpose(1, 2, 0, 3)  # fmt: skip
     return found.astype(dtype)
+
+
+def _with(plain: Callable, forward: Callable, by_images: Callable, by_kernel: Callable) -> Callable:
+    """plain(images, kernel, strides, padding), which on a CPU has another forward pass and these gradients."""
+
+    def run(images, kernel, strides, padding):
+        how = {"strides": strides, "padding": padding}
+        if forward is plain:
+            return plain(images, kernel, **how)
+        return lax.platform_dependent(images, kernel, cpu=partial(forward, **how), default=partial(plain, **how))
+
+    def kept(images, kernel, strides, padding):
+        return run(images, kernel, strides, padding), (images, kernel)
+
+    def backward(strides, padding, saved, cotangent):
+        def own(images, kernel, cotangent):
+            return (
+                by_images(kernel, cotangent, images.shape[1:3], strides, padding),
+                by_kernel(images, cotangent, kernel.shape[:2], strides, padding),
+            )
+
+        def default(images, kernel, cotangent):
+            return jax.vjp(partial(plain, strides=strides, padding=padding), images, kernel)[1](cotangent)
+
+        return lax.platform_dependent(*saved, cotangent, cpu=own, default=default)
+
+    found = jax.custom_vjp(run, nondiff_argnums=(2, 3))
+    found.defvjp(kept, backward)
+    return found
+
+
+_dense = _with(_plain, _plain, image_gradient, kernel_gradient)
+_depthwise = _with(depthwise.plain, depthwise.forward, depthwise.image_gradient, depthwise.kernel_gradient)
 
 
 @functools.cache

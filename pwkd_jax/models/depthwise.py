@@ -5,7 +5,6 @@ XLA's own go through every channel by itself, a hundred times slower, and its gr
 """
 
 from collections.abc import Iterator
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,42 +13,14 @@ from jax import lax
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolve(images: jax.Array, kernel: jax.Array, strides, padding) -> jax.Array:
-    """Images [B, H, W, C], each channel convolved by its own kernel [h, w, 1, C]: [B, H', W', C]. padding: ((low, high), (low,
-    high)). Summed in float32, returned in the images' dtype."""
-    return lax.platform_dependent(
-        images, kernel, cpu=partial(forward, strides=strides, padding=padding),
-        default=partial(_plain, strides=strides, padding=padding),
-    )  # fmt: skip
-
-
-def _plain(images, kernel, strides, padding):
+def plain(images, kernel, strides, padding) -> jax.Array:
+    """XLA's own: images [B, H, W, C], each channel convolved by its own kernel [h, w, 1, C]: [B, H', W', C]."""
     count = images.shape[-1]
     return lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=NUMBERS, feature_group_count=count)
 
 
-def _forward(images, kernel, strides, padding):
-    return convolve(images, kernel, strides, padding), (images, kernel)
-
-
-def _backward(strides, padding, saved, cotangent):
-    def own(images, kernel, cotangent):
-        return (
-            image_gradient(kernel, cotangent, images.shape[1:3], strides, padding),
-            kernel_gradient(images, cotangent, kernel.shape[:2], strides, padding),
-        )
-
-    def default(images, kernel, cotangent):
-        return jax.vjp(partial(_plain, strides=strides, padding=padding), images, kernel)[1](cotangent)
-
-    return lax.platform_dependent(*saved, cotangent, cpu=own, default=default)
-
-
-convolve.defvjp(_forward, _backward)
-
-
 def forward(images: jax.Array, kernel: jax.Array, strides, padding) -> jax.Array:
+    """The same as `plain`. padding: ((low, high), (low, high)). Summed in float32, returned in the images' dtype."""
     images = _pad(images, ((*p, 0) for p in padding))
     made = [(whole - size) // stride + 1 for whole, size, stride in zip(images.shape[1:3], kernel.shape, strides, strict=False)]
     taps = kernel.astype(jnp.float32).reshape(-1, kernel.shape[-1])
