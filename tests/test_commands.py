@@ -165,6 +165,7 @@ def test_killed_at_any_time_ends_like_an_unbroken_run(kills, tmp_path):
         (["--config.teacher.schedule.warmup=100 %"], r"teacher\.schedule\.warmup: 24 steps leave nothing of the cycle of 24"),
         (["--config.student.schedule.warmup=1 epoch", "--config.student.schedule.form=one_cycle"], r"one_cycle, which rises"),
         (["--config.student.duration=1 step"], r"student\.duration: 1 steps are too few for 2 stages"),
+        (["--config.student.distiller.name=ab"], r"initial_epochs: 30 epochs in which no label is seen fill the run, of 2\.56"),
         (["--config.student.distiller.name=fsp", "--config.student.distiller.initial_epochs=1"],
          r"student\.distiller: FSP needs 2 maps in 'stages'"),
         (["--verbose"], r"'--verbose' is not an option"),

@@ -323,6 +323,18 @@ class Constant(nn.Module):
         return nn.Dense(3)(x.mean((1, 2)))
 
 
+class Late(nn.Module):
+    """A method whose first epochs see no label."""
+
+    initial_epochs: float = 30.0
+
+    def __call__(self, student, teacher, batch, progress):
+        return jnp.mean((student.logits - teacher.logits) ** 2), {}
+
+    def initial(self, student, teacher, batch, progress):
+        return self(student, teacher, batch, progress)
+
+
 def pupil() -> Tiny:
     return Tiny(width=0.5, num_classes=3)
 
@@ -337,6 +349,7 @@ def pupil() -> Tiny:
         (lambda t, n, k: pwkd.distil(pupil(), t, drawn(9)), "task: should be made by pwkd_jax.task.*tuple"),
         (lambda t, n, k: pwkd.distil(pupil(), t, k, distiller=Hint), "distiller: Hint is a class"),
         (lambda t, n, k: pwkd.distil(pupil(), t, k, distiller=lambda *_: 0), "distiller: should be a Flax module"),
+        (lambda t, n, k: pwkd.distil(pupil(), t, k, distiller=Late(), arm="kd_whole", duration=4), "initial_epochs: 30"),
         (lambda t, n, k: pwkd.distil(pupil(), t, k, connectors="leadng"), "connectors: 'leadng'"),
         (lambda t, n, k: pwkd.distil(pupil(), t, k, reset=("optimiser",)), "reset: 'optimiser'"),
         (lambda t, n, k: pwkd.distil(pupil(), t, k, optimizer="adam"), "optimizer: should be an optax"),

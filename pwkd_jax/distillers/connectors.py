@@ -97,7 +97,7 @@ class Distillation:
             with convolution.products():
                 (first, _), started = method.apply(block, *inputs, rngs=rngs, mutable=list(state), method="initial")
             now = progress.epoch < self.distiller.initial_epochs
-            if not self.distiller.initial_each_stage:
+            if not getattr(self.distiller, "initial_each_stage", False):
                 now &= progress.stage == 0
             total = jnp.where(now, first, total)
             new = jax.tree.map(lambda a, b: jnp.where(now, a, b), dict(started), dict(new))

@@ -86,7 +86,7 @@ def creator(mesh: Mesh, make: Callable, how: str, *like, layout: Callable | None
     """
     made = jax.eval_shape(make, *like)
     layout = layout(made) if layout else shardings(mesh, made, how)
-    # LLVM's first level in place of its last gives the same bits, in 0.4 of the time for resnet14 (two Xeons, jax 0.10.2).
+    # This runs once: LLVM's first level, in place of its last, gives the same bits sooner (tests/bench/start.py).
     sooner = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
     compiled = jax.jit(make, out_shardings=layout, compiler_options=sooner)
 
