@@ -3,7 +3,7 @@
 XLA hands a convolution to Eigen, as fast as PyTorch's, where it finds [images, height, width, channels] and a kernel [height,
 width, in, out] with no axis out of place. The gradients are convolutions too, the images' by the kernel turned around, the
 kernel's of the images by the output's gradient, but JAX leaves their axes where they are. XLA puts them in place, but in a
-program's main computation alone: within loops and branches (several steps a dispatch, drawn widths) it is hundreds of times
+program's main computation alone: within loops and branches (several steps a dispatch, drawn widths) it is many times
 slower, which is jax issue 12868. Here they are put in place from the start. Depthwise convolutions are in depthwise.py.
 
 jaxlib since 0.10 gives convolutions and products to YNNPACK, which takes one core for most of them and twice as long
