@@ -5,21 +5,11 @@ width, in, out] with no axis out of place. The gradients are convolutions too, t
 kernel's of the images by the output's gradient, but JAX leaves their axes where they are. XLA puts them in place, but in a
 program's main computation alone: within loops and branches (several steps a dispatch, drawn widths) it is many times
 slower, which is jax issue 12868. Here they are put in place from the start. Depthwise convolutions are in depthwise.py.
-
-jaxlib since 0.10 gives convolutions and products to YNNPACK, which takes one core for most of them and twice as long
-(tests/bench/convolutions.py); `compiler_options` has them back for Eigen.
-
-Only where JAX has one device and that is a CPU; XLA's partitioner knows convolutions better than these, and other devices,
-pre-flight's included, have kernels of their own.
 """
 
-import contextlib
-import contextvars
-import functools
 from collections.abc import Callable
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,44 +21,13 @@ NUMBERS = ("NHWC", "HWIO", "NHWC")
 # What a convolution may be told and still be one of these.
 NEUTRAL = {"lhs_dilation": 1, "rhs_dilation": 1, "feature_group_count": 1, "batch_group_count": 1, "precision": None,
            "preferred_element_type": None}  # fmt: skip
-EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
-
-_own = contextvars.ContextVar("own", default=True)
-
-
-@contextlib.contextmanager
-def left_to_xla():
-    """Context in which this file changes nothing: for a program that is lowered here to be reckoned for another device."""
-    token = _own.set(False)
-    try:
-        yield
-    finally:
-        _own.reset(token)
-
-
-def products():
-    """Context in which every `nn.Conv` that is traced, in whoever's model, has the gradient of this file."""
-
-    def intercept(call, args, kwargs, context):
-        layer = context.module
-        if not (isinstance(layer, nn.Conv) and layer.conv_general_dilated is None and context.method_name == "__call__"):
-            return call(*args, **kwargs)
-        # A layer is a frozen dataclass that may belong to the user, so it is left as it was.
-        object.__setattr__(layer, "conv_general_dilated", convolve)
-        try:
-            return call(*args, **kwargs)
-        finally:
-            object.__setattr__(layer, "conv_general_dilated", None)
-
-    return nn.intercept_methods(intercept)
 
 
 def convolve(images: jax.Array, kernel: jax.Array, window_strides, padding, **options) -> jax.Array:
     """`lax.conv_general_dilated`, in the forms of this file where they serve."""
     asked = {key for key, value in options.items() if np.any(np.not_equal(value, NEUTRAL.get(key, value)))}
-    here = _own.get() and jax.default_backend() == "cpu" and jax.device_count() == 1 and images.ndim == 4
     each = asked == {"feature_group_count"} and options["feature_group_count"] == images.shape[-1] == kernel.shape[-1]
-    if not here or (asked and not each):
+    if images.ndim != 4 or (asked and not each):
         return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], window_strides, padding)
@@ -100,15 +59,26 @@ def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padd
     made, pads, dtype = cotangent.shape[1:3], [], images.dtype
     for whole, (low, _), stride, extent, count in zip(images.shape[1:3], padding, strides, size, made, strict=True):
         pads.append((low, extent + stride * (count - 1) - whole - low, 0))
-    images = lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), *pads, (0, 0, 0)))
     if size == (1, 1):
+        images = lax.pad(images, jnp.zeros((), dtype), ((0, 0, 0), *pads, (0, 0, 0)))
         axes, images = (0, 1, 2), images[:, :: strides[0], :: strides[1]]
         found = lax.dot_general(images, cotangent, ((axes, axes), ((), ())), preferred_element_type=jnp.float32)[None, None]
     else:
-        images, cotangent = images.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3)
+        images = lax.pad(_channels_first(images), jnp.zeros((), dtype), ((0, 0, 0), *pads, (0, 0, 0)))
+        cotangent = cotangent.transpose(1, 2, 0, 3)
         found = lax.conv_general_dilated(images, cotangent, (1, 1), "VALID", rhs_dilation=strides, dimension_numbers=NUMBERS,
                                          preferred_element_type=jnp.float32).transpose(1, 2, 0, 3)  # fmt: skip
     return found.astype(dtype)
+
+
+def _channels_first(images: jax.Array) -> jax.Array:
+    """[B, H, W, C] as [C, H, W, B], row by row. In one transpose XLA would compute the images anew, from whatever layers it
+    can go back to, and read all of their outputs against the order of memory; a loop is given the images as they are."""
+
+    def row(y):
+        return lax.dynamic_index_in_dim(images, y, 1, keepdims=False).transpose(2, 1, 0)
+
+    return lax.map(row, jnp.arange(images.shape[1])).transpose(1, 0, 2, 3)
 
 
 def _with(plain: Callable, forward: Callable, by_images: Callable, by_kernel: Callable) -> Callable:
@@ -143,14 +113,3 @@ def _with(plain: Callable, forward: Callable, by_images: Callable, by_kernel: Ca
 _dense = _with(_plain, _plain, image_gradient, kernel_gradient)
 _depthwise = _with(depthwise.plain, depthwise.forward, depthwise.image_gradient, depthwise.kernel_gradient)
 
-
-@functools.cache
-def compiler_options(platform: str) -> dict[str, str]:
-    """What `jax.jit` is to tell the compiler of `platform`: nothing but on a CPU, and where its jaxlib knows EIGEN."""
-    if platform != "cpu":
-        return {}
-    try:
-        jax.jit(lambda: 0, compiler_options=EIGEN).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return EIGEN

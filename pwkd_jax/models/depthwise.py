@@ -1,7 +1,7 @@
 """Depthwise convolutions on a CPU as sums of shifted products, which XLA makes one loop of.
 
 XLA's own go through every channel by itself, seven times slower and more, and its gradient of the kernel is that of a dense one
-(tests/bench/convolutions.py).
+(tests/bench/layers.py).
 """
 
 from collections.abc import Iterator

@@ -1,0 +1,76 @@
+"""Flax's batch norm of a batch, on a CPU: the same numbers to rounding, its four sums taken in the order of memory.
+
+XLA sums over images and pixels one channel after another, each through all of the memory: four to twenty times slower
+(tests/bench/layers.py). A loop over rows of pixels that adds whole rows reads it once.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def serves(layer: nn.BatchNorm, x: jax.Array, use_running_average: bool | None = None, *, mask=None) -> bool:
+    """Whether `train` is what this call of the layer is to do."""
+    chosen = layer.use_running_average if use_running_average is None else use_running_average
+    usual = mask is None and layer.axis in (-1, 3) and layer.axis_name is None and layer.use_scale and layer.use_bias
+    single = all(jnp.dtype(d) == "float32" for d in (x.dtype, layer.dtype or x.dtype, layer.param_dtype))
+    return usual and single and x.ndim == 4 and layer.use_fast_variance and not chosen and not layer.is_initializing()
+
+
+def train(layer: nn.BatchNorm, x: jax.Array) -> jax.Array:
+    """The layer on x [B, H, W, C], its running statistics moved, as its own call does with `use_running_average=False`."""
+    scale, bias = (nn.meta.unbox(layer.get_variable("params", name)) for name in ("scale", "bias"))
+    out, *moments = normalise(x, scale, bias, layer.epsilon)
+    for name, new in zip(("mean", "var"), moments, strict=True):
+        old = layer.get_variable("batch_stats", name)
+        layer.put_variable("batch_stats", name, layer.momentum * old + (1 - layer.momentum) * new)
+    return out
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [B, H, W, C] by its mean and variance over all but channels, times scale [C], plus bias [C]; mean [C]; variance [C],
+    biased, as E[x^2] - E[x]^2. Ioffe and Szegedy 2015; mean and variance pass no gradient on: they are what is kept."""
+    return _forward(x, scale, bias, epsilon)[0]
+
+
+def _forward(x, scale, bias, epsilon):
+    count = x.size // x.shape[-1]
+    mean, square = (total / count for total in sums(lambda x: (x, x * x), x))
+    var = jnp.maximum(0.0, square - mean * mean)
+    inverse = lax.rsqrt(var + epsilon)
+    return ((x - mean) * (inverse * scale) + bias, mean, var), (x, scale, mean, inverse)
+
+
+def _backward(epsilon, saved, cotangents):
+    x, scale, mean, inverse = saved
+    cotangent, count = cotangents[0], x.size // x.shape[-1]
+    by_bias, product = sums(lambda g, x: (g, g * (x - mean)), cotangent, x)
+    by_scale = product * inverse
+    by_x = (cotangent - by_bias / count - (x - mean) * (inverse * by_scale / count)) * (inverse * scale)
+    return by_x, by_scale, by_bias
+
+
+normalise.defvjp(_forward, _backward)
+
+
+def sums(terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays `terms(*arrays)`, of the arrays' own shape [B, H, W, C], summed over all but channels: [C] each."""
+
+    def by_rows(*arrays):
+        def add(totals, row):
+            return tuple(t + x for t, x in zip(totals, terms(*row), strict=True)), None
+
+        row = arrays[0].shape[2:]
+        zeros = tuple(jnp.zeros(row, x.dtype) for x in jax.eval_shape(terms, *arrays))
+        totals, _ = lax.scan(add, zeros, tuple(x.reshape(-1, *row) for x in arrays))
+        return tuple(jnp.sum(t, 0) for t in totals)
+
+    def plain(*arrays):
+        return tuple(jnp.sum(x, (0, 1, 2)) for x in terms(*arrays))
+
+    return lax.platform_dependent(*arrays, cpu=by_rows, default=plain)

@@ -1,0 +1,64 @@
+"""What one CPU is given in the place of layers that are slow on it: `layers`, and what its compiler is told.
+
+Only where JAX has one device and that is a CPU; XLA's partitioner knows Flax's own layers better than these, and other devices,
+pre-flight's included, have kernels of their own.
+"""
+
+import contextlib
+import contextvars
+import functools
+
+import flax.linen as nn
+import jax
+
+from pwkd_jax.models import batch_norm, convolution
+
+# jaxlib since 0.10 gives convolutions and products to YNNPACK, which takes one core for most of them and twice as long
+# (tests/bench/layers.py); with this Eigen has them back.
+EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+_own = contextvars.ContextVar("own", default=True)
+
+
+@contextlib.contextmanager
+def left_to_xla():
+    """Context in which `layers` changes nothing: for a program that is lowered here to be reckoned for another device."""
+    token = _own.set(False)
+    try:
+        yield
+    finally:
+        _own.reset(token)
+
+
+def layers():
+    """Context in which every `nn.Conv` and `nn.BatchNorm` that is traced, in whoever's model, has the form of this folder."""
+
+    def intercept(call, args, kwargs, context):
+        layer = context.module
+        here = _own.get() and jax.default_backend() == "cpu" and jax.device_count() == 1
+        if not here or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        if type(layer) is nn.BatchNorm and batch_norm.serves(layer, *args, **kwargs):
+            return batch_norm.train(layer, args[0])
+        if not isinstance(layer, nn.Conv) or layer.conv_general_dilated is not None:
+            return call(*args, **kwargs)
+        # A layer is a frozen dataclass that may belong to the user, so it is left as it was.
+        object.__setattr__(layer, "conv_general_dilated", convolution.convolve)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            object.__setattr__(layer, "conv_general_dilated", None)
+
+    return nn.intercept_methods(intercept)
+
+
+@functools.cache
+def compiler_options(platform: str) -> dict[str, str]:
+    """What `jax.jit` is to tell the compiler of `platform`: nothing but on a CPU, and where its jaxlib knows EIGEN."""
+    if platform != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=EIGEN).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return EIGEN

@@ -1,0 +1,83 @@
+"""Batch norm of a batch on a CPU: Flax's numbers by the definition in float64, and Flax's own wherever a layer is another."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import errors
+
+from pwkd_jax.models import cpu
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    rng = np.random.default_rng(0)
+    shapes = {"x": (5, 4, 3, 6), "scale": (6,), "bias": (6,), "cotangent": (5, 4, 3, 6)}
+    return {name: rng.standard_normal(shape).astype(np.float32) * 2 + 1 for name, shape in shapes.items()}
+
+
+def own(layer, variables, x):
+    with cpu.layers():
+        return layer.apply(variables, x, mutable=["batch_stats"])
+
+
+def variables(drawn, **stats):
+    stats = {"mean": jnp.full(6, 0.5), "var": jnp.full(6, 2.0), **stats}
+    return {"params": {"scale": drawn["scale"], "bias": drawn["bias"]}, "batch_stats": stats}
+
+
+def test_values_statistics_and_gradients_equal_the_definition(drawn):
+    layer, held = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5), variables(drawn)
+    x, cotangent = (drawn[name].astype(np.float64) for name in ("x", "cotangent"))
+    scale, bias = (drawn[name].astype(np.float64) for name in ("scale", "bias"))
+
+    def run(params, x):
+        return own(layer, {**held, "params": params}, x)
+
+    out, back, updated = jax.vjp(run, held["params"], drawn["x"], has_aux=True)
+    by_params, by_x = back(drawn["cotangent"])
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    unit = (x - mean) / np.sqrt(var + 1e-5)
+    product = (cotangent * unit).mean((0, 1, 2))
+    near = {"rtol": 1e-5, "atol": 1e-5}
+    np.testing.assert_allclose(out, unit * scale + bias, **near)
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], 0.45 + 0.1 * mean, **near)
+    np.testing.assert_allclose(updated["batch_stats"]["var"], 1.8 + 0.1 * var, **near)
+    np.testing.assert_allclose(by_params["bias"], cotangent.sum((0, 1, 2)), **near)
+    np.testing.assert_allclose(by_params["scale"], product * 60, **near)
+    by_unit = cotangent - cotangent.mean((0, 1, 2)) - unit * product
+    np.testing.assert_allclose(by_x, by_unit * scale / np.sqrt(var + 1e-5), **near)
+    assert "platform_index" in str(jax.make_jaxpr(run)(held["params"], drawn["x"]))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    (
+        nn.BatchNorm(use_running_average=True),
+        nn.BatchNorm(use_running_average=False, use_fast_variance=False),
+        nn.BatchNorm(use_running_average=False, use_scale=False),
+        nn.BatchNorm(use_running_average=False, dtype="bfloat16"),
+        nn.BatchNorm(use_running_average=False, axis=1),
+    ),
+    ids=("running", "slow variance", "no scale", "bfloat16", "channels first"),
+)
+def test_another_layer_is_flaxs_own(layer, drawn):
+    x = jnp.asarray(drawn["x"])
+    held = layer.init(jax.random.key(0), x)
+    program = jax.make_jaxpr(lambda x: own(layer, held, x))
+    assert "platform_index" not in str(program(x))
+    assert "platform_index" in str(jax.make_jaxpr(lambda x: own(nn.BatchNorm(False), variables(drawn), x))(x))
+
+
+def test_a_masked_batch_is_flaxs_own(drawn):
+    layer, mask = nn.BatchNorm(use_running_average=False), jnp.arange(5).reshape(5, 1, 1, 1) < 3
+    with cpu.layers():
+        out, _ = layer.apply(variables(drawn), drawn["x"], mask=mask, mutable=["batch_stats"])
+    expected, _ = layer.apply(variables(drawn), drawn["x"], mask=mask, mutable=["batch_stats"])
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_statistics_that_may_not_change_are_refused_as_flax_refuses_them(drawn):
+    with cpu.layers(), pytest.raises(errors.ModifyScopeVariableError):
+        nn.BatchNorm(use_running_average=False).apply(variables(drawn), drawn["x"])
