@@ -9,7 +9,7 @@ from test_commands import TINY, rows
 from test_slimmable import from_nnx
 
 from pwkd_jax import models, train
-from pwkd_jax.models import batch_norm_folding, precision
+from pwkd_jax.models import batch_norm_folding, cpu, precision
 
 SHAPE = (8, 8, 3)
 
@@ -67,6 +67,21 @@ def test_it_folds_what_it_may_and_no_more():
     assert norms == 9  # one a norm, of its channels; none of a map
 
 
+def test_it_folds_in_the_forms_that_a_cpu_has_in_training():
+    model = Mixed()
+    variables, images = drawn(model)
+
+    def run(model):
+        with cpu.layers():
+            return outputs(model, variables, images)
+
+    with cpu.layers():
+        assert batch_norm_folding.pairs(model, variables, images).keys() == {("Conv_0",), ("Conv_1",)}
+    found, plain = run(batch_norm_folding.Folded(model)), run(model)
+    alike(found, plain, 1e-5)
+    assert any(not np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (found, plain)), strict=True))
+
+
 def test_the_affine_map_in_float64():
     variables, _ = drawn(Mixed())
     scale, shift = batch_norm_folding.affine(variables, ("Conv_0",), ("BatchNorm_0",), 1e-3)
@@ -106,4 +121,4 @@ def test_it_teaches_the_same(tmp_path):
     for workdir, tolerance in (("b", 1e-5), ("c", 2e-2)):
         for ours, theirs in zip(*(rows(tmp_path / w, "students/pwkd/seed0") for w in ("a", workdir)), strict=True):
             assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=tolerance)
-    assert rows(tmp_path / "a", "students/pwkd/seed0") != rows(tmp_path / "c", "students/pwkd/seed0")
+        assert rows(tmp_path / "a", "students/pwkd/seed0") != rows(tmp_path / workdir, "students/pwkd/seed0")

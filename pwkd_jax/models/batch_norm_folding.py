@@ -7,6 +7,7 @@ Variables stay as they are, so whoever reads them (checkpoints, distillers that 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pwkd_jax import models
+from pwkd_jax.models import convolution
 
 Path = tuple[str, ...]
 
@@ -46,20 +48,22 @@ class Folded:
             if context.method_name != "__call__" or path not in found:
                 return call(*args, **kwargs)
             # A layer is a frozen dataclass that may belong to the user, so it is left as it was.
-            object.__setattr__(layer, "conv_general_dilated", _scaled(*affine(variables, path, *found[path])))
+            before = layer.conv_general_dilated
+            scaled = _scaled(before or lax.conv_general_dilated, *affine(variables, path, *found[path]))
+            object.__setattr__(layer, "conv_general_dilated", scaled)
             try:
                 return call(*args, **kwargs)
             finally:
-                object.__setattr__(layer, "conv_general_dilated", None)
+                object.__setattr__(layer, "conv_general_dilated", before)
 
         with nn.intercept_methods(intercept):
             return self.model.apply(variables, images, train=False, **options)
 
 
-def _scaled(scale: jax.Array, shift: jax.Array):
+def _scaled(own: Callable, scale: jax.Array, shift: jax.Array) -> Callable:
     def convolve(images, kernel, *args, **options):
         kernel = (kernel * scale).astype(kernel.dtype)
-        out = lax.conv_general_dilated(images, kernel, *args, **options)
+        out = own(images, kernel, *args, **options)
         return out + shift.astype(out.dtype)
 
     return convolve
@@ -92,7 +96,7 @@ def pairs(model: nn.Module, variables: dict, images: jax.Array) -> dict[Path, tu
         if isinstance(layer, nn.BatchNorm) and layer.axis == -1 and kwargs.get("mask") is None:
             layers[tag] = layer
             return call(checkpoint_name(args[0], tag), *args[1:], **kwargs)
-        if type(layer) is nn.Conv and layer.conv_general_dilated is None:
+        if type(layer) is nn.Conv and layer.conv_general_dilated in (None, convolution.convolve):  # in `cpu.layers` the second
             layers[tag] = layer
             return checkpoint_name(call(*args, **kwargs), tag)
         return call(*args, **kwargs)
