@@ -10,6 +10,8 @@ from test_slimmable import from_nnx
 
 from pwkd_jax import models, train
 from pwkd_jax.models import batch_norm_folding, cpu, precision
+from pwkd_jax.models.ensemble import Ensemble, gather
+from pwkd_jax.training import dispatch
 
 SHAPE = (8, 8, 3)
 
@@ -89,6 +91,38 @@ def test_the_affine_map_in_float64():
     x, own = np.float64(0.7), np.float64(variables["params"]["Conv_0"]["bias"])
     expected = (x + own - s["mean"]) / np.sqrt(np.float64(s["var"]) + 1e-3) * p["scale"] + p["bias"]
     np.testing.assert_allclose(x * np.float64(scale) + np.float64(shift) + own, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_prepared_variables_give_the_same(dtype):
+    """Of one network and of an ensemble; and the convolutions then are given kernels that nobody multiplies any more."""
+    variables, images = drawn(Mixed())
+    one, pair = precision.inference(Mixed(), dtype, True), Ensemble((Mixed(), Mixed()), (0.25, 0.75))
+    two = gather([variables, drawn(Mixed(), 1)[0]])
+    for model, own in ((one, variables), (precision.inference(pair, dtype, True), two)):
+        ready = jax.jit(lambda v, model=model: precision.prepared(model, v, SHAPE))(own)
+        alike(outputs(model, own, images), outputs(model, ready, images), 1e-6 if dtype == "float32" else 2e-2)
+    ready = jax.eval_shape(lambda: precision.prepared(one, variables, SHAPE))
+    text = jax.jit(lambda v: models.apply(one, v, images, train=False)[0]).lower(ready).as_text()
+    assert text.count("rsqrt") == 2  # of the norms that are not folded
+
+
+def test_a_step_folds_before_its_loop():
+    """The kernels of a teacher that only predicts are multiplied once a dispatch, whatever its steps."""
+    calls = []
+
+    def prepare(frozen):
+        calls.append(1)
+        return {"teacher": 2 * frozen["teacher"]}
+
+    def step(state, batch, teacher):
+        return state + teacher, {"seen": teacher}
+
+    run = jax.jit(dispatch.many(step, (1,), prepare))
+    stored = {"image": jnp.zeros((4, 1), jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
+    batch = {"stored": stored, "rows": jnp.zeros((5, 2), jnp.int32), "count": np.int32(3)}
+    state, metrics = run(1.0, batch, teacher=jnp.float32(10))
+    assert state == 61 and list(metrics["seen"]) == [20, 20, 20, 0, 0] and len(calls) == 1
 
 
 def test_training_and_strangers_are_left_alone():

@@ -21,6 +21,8 @@ from pwkd_jax import models
 from pwkd_jax.models import convolution
 
 Path = tuple[str, ...]
+# The collection in which `prepare` puts what it made.
+READY = "folded"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Folded:
         return getattr(self.model, name)
 
     def apply(self, variables: dict, images: jax.Array, train: bool = False, **options):
-        """As the model's own."""
+        """As the model's own. variables: the network's, or what `prepare` made of them."""
+        variables = dict(variables)
+        ready = variables.pop(READY, {})
         if train:
             return self.model.apply(variables, images, train=True, **options)
         found = pairs(self.model, variables, images)
@@ -49,8 +53,8 @@ class Folded:
                 return call(*args, **kwargs)
             # A layer is a frozen dataclass that may belong to the user, so it is left as it was.
             before = layer.conv_general_dilated
-            scaled = _scaled(before or lax.conv_general_dilated, *affine(variables, path, *found[path]))
-            object.__setattr__(layer, "conv_general_dilated", scaled)
+            folded = ready.get("/".join(path)) or _folded(variables, path, *found[path])
+            object.__setattr__(layer, "conv_general_dilated", _convolve(before or lax.conv_general_dilated, **folded))
             try:
                 return call(*args, **kwargs)
             finally:
@@ -59,11 +63,22 @@ class Folded:
         with nn.intercept_methods(intercept):
             return self.model.apply(variables, images, train=False, **options)
 
+    def prepare(self, variables: dict, image_shape: tuple[int, ...]) -> dict:
+        """`variables` and what of them `apply` would fold at every call."""
+        found = pairs(self.model, variables, jax.ShapeDtypeStruct((1, *image_shape), "float32"))
+        return {**variables, READY: {"/".join(conv): _folded(variables, conv, *norm) for conv, norm in found.items()}}
 
-def _scaled(own: Callable, scale: jax.Array, shift: jax.Array) -> Callable:
-    def convolve(images, kernel, *args, **options):
-        kernel = (kernel * scale).astype(kernel.dtype)
-        out = own(images, kernel, *args, **options)
+
+def _folded(variables: dict, conv: Path, norm: Path, epsilon: float) -> dict[str, jax.Array]:
+    """{"kernel", "shift" [C]} of a convolution and its batch norm in one, in the dtype of the kernel."""
+    kernel = _at(variables["params"], conv)["kernel"]
+    scale, shift = affine(variables, conv, norm, epsilon)
+    return {"kernel": (kernel * scale).astype(kernel.dtype), "shift": shift.astype(kernel.dtype)}
+
+
+def _convolve(own: Callable, kernel: jax.Array, shift: jax.Array) -> Callable:
+    def convolve(images, plain, *args, **options):
+        out = own(images, kernel.astype(plain.dtype), *args, **options)
         return out + shift.astype(out.dtype)
 
     return convolve
@@ -96,7 +111,8 @@ def pairs(model: nn.Module, variables: dict, images: jax.Array) -> dict[Path, tu
         if isinstance(layer, nn.BatchNorm) and layer.axis == -1 and kwargs.get("mask") is None:
             layers[tag] = layer
             return call(checkpoint_name(args[0], tag), *args[1:], **kwargs)
-        if type(layer) is nn.Conv and layer.conv_general_dilated in (None, convolution.convolve):  # in `cpu.layers` the second
+        usual = type(layer) is nn.Conv and layer.mask is None
+        if usual and layer.conv_general_dilated in (None, convolution.convolve):  # the second within `cpu.layers`
             layers[tag] = layer
             return checkpoint_name(call(*args, **kwargs), tag)
         return call(*args, **kwargs)

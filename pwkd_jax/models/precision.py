@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from pwkd_jax import models
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import batch_norm_folding
-from pwkd_jax.models.ensemble import Ensemble
+from pwkd_jax.models.ensemble import Ensemble, gather, spread
 
 DTYPES = ("float32", "bfloat16")
 
@@ -118,6 +118,18 @@ def inference(model: Any, dtype: str = "", folded: bool = False) -> Any:
     now, group = (model.dtype, model.group) if isinstance(model, Computed) else ("float32", 0)
     inner = batch_norm_folding.Folded(plain(model)) if folded else plain(model)
     return wrap(inner, dtype or now, group)
+
+
+def prepared(model: Any, variables: dict, image_shape: tuple[int, ...]) -> dict:
+    """What a model made by `inference` may be given in the place of its variables: what it would make of them at every call,
+    made once. image_shape: (H, W, C)."""
+    if isinstance(model, Ensemble):
+        each = zip(model.members, spread(variables, len(model.members)), strict=True)
+        return gather([prepared(member, own, image_shape) for member, own in each])
+    if isinstance(model, Computed):
+        variables = {**variables, "params": _cast(variables["params"], model.dtype)}
+    inner = plain(model)
+    return inner.prepare(variables, image_shape) if isinstance(inner, batch_norm_folding.Folded) else variables
 
 
 def plain(model: Any) -> nn.Module:

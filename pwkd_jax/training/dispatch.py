@@ -72,11 +72,11 @@ class Resident:
         return {"stored": self._stored, "count": np.int32(count), **sharding.put_batch(self._mesh, {"rows": rows}, axis=1)}
 
 
-def many(step: Callable, image_shape: tuple[int, ...]) -> Callable:
+def many(step: Callable, image_shape: tuple[int, ...], prepare: Callable[[dict], dict] | None = None) -> Callable:
     """`step` for the batches of `Resident`: as many steps as a chunk has. Other batches it takes as `step` does.
 
     image_shape: (H, W, C) of the images that lie in rows. The metrics of several steps come back with a leading axis [most],
-    zero after the last step.
+    zero after the last step. prepare: what a dispatch makes of the frozen variables before its steps.
     """
 
     @jax.jit  # traced once for its shapes and for the loop
@@ -86,6 +86,7 @@ def many(step: Callable, image_shape: tuple[int, ...]) -> Callable:
         return step(state, batch | {"index": index, "dataset_label": stored["label"]}, **frozen)
 
     def run(state, batch, **frozen):
+        frozen = prepare(frozen) if prepare else frozen
         if "rows" not in batch:
             return step(state, batch, **frozen)
         rows, stored = batch["rows"], batch["stored"]

@@ -85,9 +85,10 @@ def uncompiled(
     fixed: Sequence[str] = (),
     mutual: Mutual | None = None,
     fusion: Fusion | None = None,
-) -> tuple[Callable, Callable]:
-    """(make(seed, variables to start from or None) -> first state, stepping(widths) -> step(state, batch, teacher, once)) of
-    all seeds and stages of a plan. members: {width: model} of the teacher. The rest as `student.make_step` has it; several: of
+) -> tuple[Callable, Callable, Callable]:
+    """(make(seed, variables to start from or None) -> first state, stepping(widths) -> step(state, batch, teacher, once),
+    prepare({width: the teacher's variables}) -> what a step may be given in their place, see `precision.prepared`) of all seeds
+    and stages of a plan. members: {width: model} of the teacher. The rest as `student.make_step` has it; several: of
     so many students at once, by their seeds [students]; skip: steps that are not finite, see `non_finite.skipping`; ema: see
     `averaging`, 0 is off."""
 
@@ -104,7 +105,10 @@ def uncompiled(
         step = averaging.averaging(step, ema) if ema else step
         return skipping(step) if skip else step
 
-    return students_together.stacked(make) if several else make, stepping
+    def prepare(teacher):
+        return {w: precision.prepared(members[w], found, task.image_shape) for w, found in teacher.items()}
+
+    return students_together.stacked(make) if several else make, stepping, prepare
 
 
 def programs(
@@ -114,16 +118,20 @@ def programs(
 ) -> tuple[Callable, dict[tuple[float, ...], Callable]]:  # fmt: skip
     """(creator of the first state from (seed, variables to start from or None), {widths: compiled step(state, batch, teacher)})
     of `uncompiled`, which takes `options` too."""
-    make, stepping = uncompiled(student, members, plan, distillation, task, rule, several=several, **options)
+    make, stepping, prepare = uncompiled(student, members, plan, distillation, task, rule, several=several, **options)
     layout = several.layout if several and several.mesh else None
     create = sharding.creator(task.mesh, make, sharding_how, several.seeds if several else 0, start, layout=layout)
-    compiled = functools.partial(compile_step, task, create.layout)
+    compiled = functools.partial(compile_step, task, create.layout, prepare)
     return create, {widths: compiled(stepping(widths)) for widths in dict.fromkeys(stage.widths for stage in plan)}
 
 
-def compile_step(task: Task, layout: State, step: Callable) -> Callable:
-    """A step compiled for the batches of a task, its state left in `layout`."""
-    return sharding.jit_step(task.mesh, dispatch.many(step, task.image_shape), layout)
+def compile_step(task: Task, layout: State, prepare: Callable, step: Callable) -> Callable:
+    """A step compiled for the batches of a task, its state left in `layout`, its teacher `prepare`d once a dispatch."""
+
+    def once(frozen):
+        return frozen | {"teacher": prepare(frozen["teacher"])} if frozen.get("teacher") else frozen
+
+    return sharding.jit_step(task.mesh, dispatch.many(step, task.image_shape, once), layout)
 
 
 def distil(

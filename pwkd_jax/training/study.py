@@ -65,11 +65,12 @@ def taught_by(plans: Mapping[str, Sequence[Stage]], span: Span) -> dict[str, lis
 
 
 class Arm(NamedTuple):
-    """One arm of a study, before anything is compiled: its plan, and `distil.uncompiled`'s make and stepping."""
+    """One arm of a study, before anything is compiled: its plan, and what `distil.uncompiled` made of it."""
 
     plan: Sequence[Stage]
     make: Callable
     stepping: Callable
+    prepare: Callable
 
 
 def programs(
@@ -84,7 +85,12 @@ def programs(
 
     create = sharding.creator(task.mesh, make, sharding_how, seeds, start)
     every = dict.fromkeys(span.widths for span in spans([arm.plan for arm in arms.values()]))
-    return create, {widths: distil.compile_step(task, create.layout, _step(arms, widths)) for widths in every}
+    own = {arm.plan[0].teacher: arm.prepare for arm in arms.values()}
+
+    def prepare(teacher):
+        return {name: own[name](found) for name, found in teacher.items()}
+
+    return create, {widths: distil.compile_step(task, create.layout, prepare, _step(arms, widths)) for widths in every}
 
 
 def _step(arms: Mapping[str, Arm], widths: Sequence[tuple[float, ...]]) -> Callable:
