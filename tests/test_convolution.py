@@ -13,7 +13,7 @@ from jax import lax
 from pwkd_jax import models
 from pwkd_jax.cost import compiler
 from pwkd_jax.experiment.programs import Program
-from pwkd_jax.models import convolution, cpu
+from pwkd_jax.models import compute, convolution
 from pwkd_jax.training import sharding
 
 # (images, kernel, strides, padding)
@@ -108,9 +108,9 @@ def test_steps_are_compiled_for_the_faster_library():
 
 
 def test_a_compiler_without_the_option_is_not_told(monkeypatch):
-    asked = cpu.compiler_options.__wrapped__
+    asked = compute.compiler_options.__wrapped__
     assert asked("tpu") == {}
-    monkeypatch.setattr(cpu, "EIGEN", {"xla_cpu_never_heard_of": ""})
+    monkeypatch.setattr(compute, "EIGEN", {"xla_cpu_never_heard_of": ""})
     assert asked("cpu") == {}
 
 
@@ -151,7 +151,7 @@ def test_models_gradients_are_the_same(name, batch):
 def test_layers_are_left_as_they_were():
     layer = nn.Conv(2, (3, 3))
     before = hash(layer)
-    with cpu.layers():
+    with compute.layers():
         layer.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
     assert layer.conv_general_dilated is None and hash(layer) == before
 
@@ -181,13 +181,13 @@ def test_preflight_reckons_with_convolutions():
     variables = layer.init(jax.random.key(0), images)
 
     def loss(variables):
-        with cpu.layers():
+        with compute.layers():
             return jnp.sum(layer.apply(variables, images) * jnp.arange(8.0))
 
     program = Program("kernel", jax.jit(lambda v: jax.grad(loss)(v)), (variables,), {}, 64, "", 1)
     count = 2 * 64 * 30 * 30 * 9 * 4 * 8  # of the gradient alone; the output itself is not asked for
     flops = compiler.outline(program, 1, None).flops
     assert count <= flops < 2.5 * count
-    with cpu.left_to_xla():
+    with compute.left_to_xla():
         assert "platform_index" not in str(jax.make_jaxpr(jax.grad(loss))(variables))
     assert "platform_index" in str(jax.make_jaxpr(jax.grad(loss))(variables))

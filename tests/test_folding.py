@@ -9,7 +9,7 @@ from test_commands import TINY, rows
 from test_slimmable import from_nnx
 
 from pwkd_jax import models, train
-from pwkd_jax.models import batch_norm_folding, cpu, precision
+from pwkd_jax.models import batch_norm_folding, compute, precision
 from pwkd_jax.models.ensemble import Ensemble, gather
 from pwkd_jax.training import dispatch
 
@@ -74,10 +74,10 @@ def test_it_folds_in_the_forms_that_a_cpu_has_in_training():
     variables, images = drawn(model)
 
     def run(model):
-        with cpu.layers():
+        with compute.layers():
             return outputs(model, variables, images)
 
-    with cpu.layers():
+    with compute.layers():
         assert batch_norm_folding.pairs(model, variables, images).keys() == {("Conv_0",), ("Conv_1",)}
     found, plain = run(batch_norm_folding.Folded(model)), run(model)
     alike(found, plain, 1e-5)

@@ -18,7 +18,7 @@ from test_training import Tiny
 
 import pwkd_jax as pwkd
 from pwkd_jax import train
-from pwkd_jax.models import cpu
+from pwkd_jax.models import compute
 
 ROOT = Path(__file__).parents[1]
 SHAPE = (8, 8, 1)
@@ -83,7 +83,7 @@ def loop_and_command(workdir: Path) -> None:
     params, stats, opt_state = variables["params"], variables["batch_stats"], tx.init(variables["params"])
 
     # Compiled as the command has it: jaxlib's own choice on a CPU rounds otherwise.
-    @functools.partial(jax.jit, static_argnames="width", compiler_options=cpu.compiler_options("cpu"))
+    @functools.partial(jax.jit, static_argnames="width", compiler_options=compute.compiler_options("cpu"))
     def step(params, stats, opt_state, n, images, labels, frozen, width):
         x = task.preprocess(jax.random.fold_in(jax.random.fold_in(key, n), 0), images)
         taught, _ = pwkd.apply_model(net.members[width], frozen, x, train=False)

@@ -21,7 +21,7 @@ from pwkd_jax import storage
 from pwkd_jax.cost.collectives import collectives
 from pwkd_jax.errors import UserError
 from pwkd_jax.experiment.programs import Program
-from pwkd_jax.models import cpu
+from pwkd_jax.models import compute
 
 KINDS = ("arguments", "outputs", "temporaries", "aliased", "code")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -78,7 +78,7 @@ def outline(program: Program, devices: int, directory: Path | None) -> Cost:
 
 
 def _kept(program: Program, target: str, directory: Path | None, compile: Callable[[jax.stages.Lowered], Cost]) -> Cost:
-    with cpu.left_to_xla():
+    with compute.left_to_xla():
         lowered = program.lower()
     versions = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "libtpu")]
     text = "\n".join((lowered.as_text(), target, *versions))

@@ -14,7 +14,7 @@ from pwkd_jax import models, slimmable
 from pwkd_jax.distillers import protocol
 from pwkd_jax.distillers.standardise import standardise
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import again, cpu
+from pwkd_jax.models import again, compute
 
 
 class Progress(NamedTuple):
@@ -90,11 +90,11 @@ class Distillation:
         if self.standardise:
             student, teacher = map(_standardised, (student, teacher))
         inputs = (student, teacher, batch, progress)
-        with cpu.layers():
+        with compute.layers():
             (loss, metrics), new = method.apply(block, *inputs, rngs=rngs, mutable=list(state))
         total = getattr(self.distiller, "ce_weight", 1.0) * ce + getattr(self.distiller, "weight", 1.0) * loss
         if starts(self.distiller):
-            with cpu.layers():
+            with compute.layers():
                 (first, _), started = method.apply(block, *inputs, rngs=rngs, mutable=list(state), method="initial")
             now = progress.epoch < self.distiller.initial_epochs
             if not getattr(self.distiller, "initial_each_stage", False):

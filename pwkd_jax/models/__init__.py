@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import cpu
+from pwkd_jax.models import compute
 
 
 class Outputs(NamedTuple):
@@ -214,7 +214,7 @@ def forward(
     own = collections(variables)
     # Flax takes the stream "params" where a model asks for one that was not given, whatever its name.
     rngs = {} if key is None else {"rngs": {"dropout": key, "params": jax.random.fold_in(key, 1)}}
-    with cpu.layers():
+    with compute.layers():
         out, updated = model.apply(variables, images, train=True, mutable=["batch_stats", *own], **rngs, **options)
     updated = dict(updated)
     # In bfloat16 a model may compute them so; they are kept as they began.

@@ -1,7 +1,8 @@
-"""Flax's batch norm of a batch, on a CPU: the same numbers to rounding, its four sums taken in the order of memory.
+"""Flax's batch norm of a batch, the same numbers to rounding, with its gradient in closed form: of two sums over the images,
+where the derivative of the formula as Flax has it takes three, and on a GPU more kernels (tests/bench/gpu_structure.py).
 
-XLA sums over images and pixels one channel after another, each through all of the memory: four to twenty times slower
-(tests/bench/layers.py). A loop over rows of pixels that adds whole rows reads it once.
+On a CPU XLA takes such sums one channel after another, each through all of the memory: four to twenty times slower
+(tests/bench/layers.py) than a loop over rows of pixels that adds whole rows and reads it once.
 """
 
 from collections.abc import Callable
@@ -21,35 +22,38 @@ def serves(layer: nn.BatchNorm, x: jax.Array, use_running_average: bool | None =
     return usual and single and x.ndim == 4 and layer.use_fast_variance and not chosen and not layer.is_initializing()
 
 
-def train(layer: nn.BatchNorm, x: jax.Array) -> jax.Array:
-    """The layer on x [B, H, W, C], its running statistics moved, as its own call does with `use_running_average=False`."""
+def train(layer: nn.BatchNorm, x: jax.Array, by_rows: bool) -> jax.Array:
+    """The layer on x [B, H, W, C], its running statistics moved, as its own call does with `use_running_average=False`.
+    by_rows: whether a CPU sums as in `sums`."""
     scale, bias = (nn.meta.unbox(layer.get_variable("params", name)) for name in ("scale", "bias"))
-    out, *moments = normalise(x, scale, bias, layer.epsilon)
+    out, *moments = normalise(x, scale, bias, layer.epsilon, by_rows)
     for name, new in zip(("mean", "var"), moments, strict=True):
         old = layer.get_variable("batch_stats", name)
         layer.put_variable("batch_stats", name, layer.momentum * old + (1 - layer.momentum) * new)
     return out
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalise(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, by_rows: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, H, W, C] by its mean and variance over all but channels, times scale [C], plus bias [C]; mean [C]; variance [C],
     biased, as E[x^2] - E[x]^2. Ioffe and Szegedy 2015; mean and variance pass no gradient on: they are what is kept."""
-    return _forward(x, scale, bias, epsilon)[0]
+    return _forward(x, scale, bias, epsilon, by_rows)[0]
 
 
-def _forward(x, scale, bias, epsilon):
+def _forward(x, scale, bias, epsilon, by_rows):
     count = x.size // x.shape[-1]
-    mean, square = (total / count for total in sums(lambda x: (x, x * x), x))
+    mean, square = (total / count for total in sums(lambda x: (x, x * x), x, by_rows=by_rows))
     var = jnp.maximum(0.0, square - mean * mean)
     inverse = lax.rsqrt(var + epsilon)
     return ((x - mean) * (inverse * scale) + bias, mean, var), (x, scale, mean, inverse)
 
 
-def _backward(epsilon, saved, cotangents):
+def _backward(epsilon, by_rows, saved, cotangents):
     x, scale, mean, inverse = saved
     cotangent, count = cotangents[0], x.size // x.shape[-1]
-    by_bias, product = sums(lambda g, x: (g, g * (x - mean)), cotangent, x)
+    by_bias, product = sums(lambda g, x: (g, g * (x - mean)), cotangent, x, by_rows=by_rows)
     by_scale = product * inverse
     by_x = (cotangent - by_bias / count - (x - mean) * (inverse * by_scale / count)) * (inverse * scale)
     return by_x, by_scale, by_bias
@@ -58,10 +62,10 @@ def _backward(epsilon, saved, cotangents):
 normalise.defvjp(_forward, _backward)
 
 
-def sums(terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def sums(terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array, by_rows: bool) -> tuple[jax.Array, ...]:
     """The arrays `terms(*arrays)`, of the arrays' own shape [B, H, W, C], summed over all but channels: [C] each."""
 
-    def by_rows(*arrays):
+    def loop(*arrays):
         def add(totals, row):
             return tuple(t + x for t, x in zip(totals, terms(*row), strict=True)), None
 
@@ -73,4 +77,4 @@ def sums(terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> tup
     def plain(*arrays):
         return tuple(jnp.sum(x, (0, 1, 2)) for x in terms(*arrays))
 
-    return lax.platform_dependent(*arrays, cpu=by_rows, default=plain)
+    return lax.platform_dependent(*arrays, cpu=loop, default=plain) if by_rows else plain(*arrays)

@@ -112,7 +112,7 @@ def pairs(model: nn.Module, variables: dict, images: jax.Array) -> dict[Path, tu
             layers[tag] = layer
             return call(checkpoint_name(args[0], tag), *args[1:], **kwargs)
         usual = type(layer) is nn.Conv and layer.mask is None
-        if usual and layer.conv_general_dilated in (None, convolution.convolve):  # the second within `cpu.layers`
+        if usual and layer.conv_general_dilated in (None, convolution.convolve):  # the second within `compute.layers`
             layers[tag] = layer
             return checkpoint_name(call(*args, **kwargs), tag)
         return call(*args, **kwargs)

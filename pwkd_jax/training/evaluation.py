@@ -12,7 +12,7 @@ import numpy as np
 
 from pwkd_jax import data, models, slimmable
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import cpu
+from pwkd_jax.models import compute
 from pwkd_jax.training import distributed, metrics, preemption, scores, sharding
 from pwkd_jax.weights import Network
 
@@ -30,7 +30,7 @@ class Evaluator:
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
 
         def logits(model, variables, batch):
-            with cpu.layers():
+            with compute.layers():
                 return models.apply(model, variables, normalise(batch["image"]), train=False)[0].logits
 
         def score(model, variables, batch):
@@ -41,7 +41,7 @@ class Evaluator:
 
         # Replicated, so that every process can read them.
         whole = {"static_argnums": 0, "out_shardings": sharding.replicated(mesh)}
-        whole["compiler_options"] = cpu.compiler_options(mesh.devices.flat[0].platform)
+        whole["compiler_options"] = compute.compiler_options(mesh.devices.flat[0].platform)
         self.score = jax.jit(score, **whole)
         self._softmax = jax.jit(lambda *args: jax.nn.softmax(logits(*args)), **whole)
 

@@ -29,7 +29,7 @@ from pwkd_jax import models, slimmable
 from pwkd_jax.distillers.feature_maps import normalise
 from pwkd_jax.distillers.logits import kl, log_softmax, wide
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import Outputs, cpu
+from pwkd_jax.models import Outputs, compute
 from pwkd_jax.training.fusion_modules import Back, Fuse, Unfuse
 from pwkd_jax.training.mutual import Mutual
 
@@ -83,7 +83,7 @@ class Fusion:
         modules, scale = modules_of(out, len(maps)), self.scale(epoch)
 
         def run(name: str, x: jax.Array, train: bool):
-            with cpu.layers():
+            with compute.layers():
                 variables = {"params": params[name], "batch_stats": statistics[name]}
                 found, new = modules[name].apply(variables, x, train, mutable=["batch_stats"])
             return found, {name: new.get("batch_stats", {})}

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import cpu
+from pwkd_jax.models import compute
 
 HOW = ("replicated", "fsdp")
 
@@ -119,6 +119,6 @@ def jit_step(mesh: Mesh, step, layout: Any = None):
     layout: the state's shardings, replicated by default. What goes in is sharded as it comes; metrics are replicated.
     """
     whole = replicated(mesh)
-    options = cpu.compiler_options(mesh.devices.flat[0].platform)
+    options = compute.compiler_options(mesh.devices.flat[0].platform)
     layout = whole if layout is None else (layout, whole)
     return jax.jit(step, donate_argnums=0, out_shardings=layout, compiler_options=options)

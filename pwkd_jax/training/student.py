@@ -13,7 +13,7 @@ import optax
 from pwkd_jax import distillers, models, slimmable
 from pwkd_jax.data import Mixing
 from pwkd_jax.distillers import Distillation, Progress, reruns
-from pwkd_jax.models import again, cpu
+from pwkd_jax.models import again, compute
 from pwkd_jax.stages import Stage, place
 from pwkd_jax.training import accumulation, averaging, dot, freezing, metrics
 from pwkd_jax.training.fusion import Fusion
@@ -127,7 +127,7 @@ def make_step(
             """What the teacher says at each width, zeros at those that are not drawn. known: what it said already."""
 
             def at(width: float):
-                with cpu.layers():
+                with compute.layers():
                     return models.apply(teachers[width], teacher[width], images, train=False)[0]
 
             if len(widths) == 1:

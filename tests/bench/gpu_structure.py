@@ -1,10 +1,11 @@
 """What XLA makes of the training steps for an H100, without one: python tests/bench/gpu_structure.py [--only=NAME]
 [--json=FILE] [--config=configs/cifar100.py, and its keys]
 
-Needs `pip install "jax[cuda12]"` (5 GB) and no card: XLA compiles for a described one. For each program, what a step launches:
-kernels (fusions, and what was not fused), copies and transposes among them, calls of cuBLAS and cuDNN; and loops and branches,
-whose insides count once. Of command buffers (CUDA graphs) nothing is told: XLA makes them later. Nothing is tuned on the card,
-so that the choice between kernels, and with it a few of these numbers, may be another there.
+Of a training step, as it is within the loop of 100 that training makes a dispatch on a GPU, and what a dispatch launches
+besides. Needs `pip install "jax[cuda12]"` (5 GB) and no card: XLA compiles for a described one. For each program, what a step
+launches: kernels (fusions, and what was not fused), copies and transposes among them, calls of cuBLAS and cuDNN; other loops
+and branches too, whose insides count once. Of command buffers (CUDA graphs) nothing is told: XLA makes them later. Nothing is
+tuned on the card, so that the choice between kernels, and with it a few of these numbers, may be another there.
 """
 
 import argparse
@@ -27,7 +28,9 @@ from pwkd_jax import config
 from pwkd_jax.cost import preflight
 from pwkd_jax.data.shapes import outline
 from pwkd_jax.experiment import programs
+from pwkd_jax.models import compute
 from pwkd_jax.reporting.environment import environment
+from pwkd_jax.training import dispatch
 
 # NVIDIA's published figures of the SXM5 card, as XLA wants them.
 H100 = """
@@ -59,8 +62,10 @@ def card() -> jax.Device:
         raise SystemExit(f'compiling for a GPU needs no GPU but its compiler; pip install "jax[cuda12]" ({why})') from e
 
 
-def structure(text: str) -> dict[str, int]:
-    """What a compiled module launches, of what its entry calls too; what is in a loop or a branch once."""
+def structure(text: str) -> tuple[dict[str, int], dict[str, int]]:
+    """What a compiled module launches: in one turn of its largest loop, and besides; where there is no loop, {} and all of it.
+
+    What other loops and branches hold counts once."""
     bodies, name, entry = collections.defaultdict(list), "", ""
     for line in text.splitlines():
         if head := HEAD.match(line):
@@ -68,9 +73,9 @@ def structure(text: str) -> dict[str, int]:
             entry = name if head["entry"] else entry
         elif found := LINE.match(line):
             bodies[name].append(found)
-    counts = collections.Counter()
 
-    def visit(computation: str) -> None:
+    def launches(computation: str, left_out: str = "") -> collections.Counter:
+        counts = collections.Counter()
         for found in bodies[computation]:
             op, rest = found["op"], found["rest"]
             if op in FREE:
@@ -82,15 +87,27 @@ def structure(text: str) -> dict[str, int]:
                 for group in re.findall(r"branch_computations=\{([^}]*)\}", rest):
                     inner += [name.strip(" %") for name in group.split(",")]
                 for each in inner:
-                    visit(each)
+                    counts += launches(each, left_out) if each != left_out else collections.Counter()
                 continue
             library = op == "custom-call" and re.search(r'custom_call_target="__(cudnn|cublas)', rest)
             counts["launches"] += 1
             counts["library calls" if library else "kernels"] += 1
             counts["copies"] += op == "copy" or re.search(r"copy|transpose", found["name"]) is not None
+        return counts
 
-    visit(entry)
-    return dict(counts)
+    turns = [re.search(r"body=%?([\w.\-]+)", f["rest"])[1] for b in [*bodies.values()] for f in b if f["op"] == "while"]
+    step = max(turns, key=lambda body: launches(body)["launches"], default="")
+    return dict(launches(step)) if step else {}, dict(launches(entry, step))
+
+
+def looped(program: programs.Program) -> tuple:
+    """A program's arguments for as many steps as training makes in a dispatch on a GPU."""
+    if len(program.args) < 2 or not isinstance(program.args[1], dict) or "rows" not in program.args[1]:
+        return program.args
+    state, batch = program.args
+    rows = batch["rows"]
+    shape = (dispatch.MOST, *rows.shape[1:])
+    return state, batch | {"rows": jax.ShapeDtypeStruct(shape, rows.dtype, sharding=rows.sharding)}
 
 
 def main(arguments: list[str]) -> None:
@@ -106,10 +123,12 @@ def main(arguments: list[str]) -> None:
     rows = []
     for program in programs.programs(built):
         if options.only in program.name:
-            lowered = program.function.trace(*program.args, **program.kwargs).lower(lowering_platforms=("cuda",))
-            row = structure(lowered.compile().as_text())
-            rows.append({"name": program.name, **row})
-            print(f"{program.name}: " + ", ".join(f"{value} {key}" for key, value in row.items() if value), flush=True)
+            with compute.left_to_xla():
+                lowered = program.function.trace(*looped(program), **program.kwargs).lower(lowering_platforms=("cuda",))
+            step, besides = structure(lowered.compile().as_text())
+            rows.append({"name": program.name, "step": step, "besides": besides})
+            tell = [", ".join(f"{value} {key}" for key, value in found.items() if value) for found in (step, besides)]
+            print(f"{program.name}: " + "; besides, once a dispatch: ".join(filter(None, tell)), flush=True)
     if options.json:
         command = " ".join(["python tests/bench/gpu_structure.py", *arguments])
         options.json.write_text(json.dumps({"rows": rows, "environment": environment(), "command": command}, indent=2) + "\n")

@@ -3,8 +3,8 @@
 The convolutions of resnet8x4 and resnet32x4, and some depthwise ones (a group each channel), on 64 images of 32x32 or what is
 left of them: forward and with respect to images and kernel, in one program's main computation; then batch norm of a batch, by
 itself and with all its gradients. The other side is what JAX and Flax give by themselves, ours has models/convolution.py,
-models/batch_norm.py and the compiler options of models/cpu.py. Milliseconds of processor time and, behind the stroke, of the
-clock, the least of the rounds, which take turns; other load on the machine disturbs the first less.
+models/batch_norm.py and the compiler options of models/compute.py. Milliseconds of processor time and, behind the stroke, of
+the clock, the least of the rounds, which take turns; other load on the machine disturbs the first less.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pwkd_jax.models import convolution, cpu
+from pwkd_jax.models import compute, convolution
 
 BATCH = 64
 # (channels in, channels out, height and width, kernel, stride, groups)
@@ -43,7 +43,7 @@ def programs(inputs: int, outputs: int, side: int, size: int, stride: int, group
     found = {}
     for whose, function, options in (
         ("XLA", jax.lax.conv_general_dilated, {}),
-        ("ours", convolution.convolve, cpu.compiler_options("cpu")),
+        ("ours", convolution.convolve, compute.compiler_options("cpu")),
     ):
 
         def convolve(images, kernel, function=function):
@@ -68,7 +68,7 @@ def norms(channels: int, side: int) -> dict:
     images = jnp.asarray(np.random.default_rng(0).standard_normal((BATCH, side, side, channels)), jnp.float32)
     layer = nn.BatchNorm(use_running_average=False)
     variables, found = layer.init(jax.random.key(0), images), {}
-    for whose, context in (("Flax", contextlib.nullcontext), ("ours", cpu.layers)):
+    for whose, context in (("Flax", contextlib.nullcontext), ("ours", compute.layers)):
 
         def apply(images, context=context):
             with context():
@@ -79,7 +79,7 @@ def norms(channels: int, side: int) -> dict:
             return back(out)
 
         for name, program in (("out", apply), ("all", gradient)):
-            jitted = jax.jit(program, compiler_options=cpu.compiler_options("cpu"))
+            jitted = jax.jit(program, compiler_options=compute.compiler_options("cpu"))
             found[f"{name}, {whose}"] = partial(jitted, images)
     return found
 

@@ -1,7 +1,7 @@
-"""What one CPU is given in the place of layers that are slow on it: `layers`, and what its compiler is told.
+"""How Flax's layers are computed in training, whoever's model they are in: `layers`; and what a CPU's compiler is told.
 
-Only where JAX has one device and that is a CPU; XLA's partitioner knows Flax's own layers better than these, and other devices,
-pre-flight's included, have kernels of their own.
+Batch norm has its gradient in closed form everywhere. The rest is for one CPU alone: XLA's partitioner knows Flax's own layers
+better than these, and other devices, pre-flight's included, have kernels of their own.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _own = contextvars.ContextVar("own", default=True)
 
 @contextlib.contextmanager
 def left_to_xla():
-    """Context in which `layers` changes nothing: for a program that is lowered here to be reckoned for another device."""
+    """Context in which `layers` does nothing for a CPU: a program is lowered here to be reckoned for another device."""
     token = _own.set(False)
     try:
         yield
@@ -31,16 +31,16 @@ def left_to_xla():
 
 
 def layers():
-    """Context in which every `nn.Conv` and `nn.BatchNorm` that is traced, in whoever's model, has the form of this folder."""
+    """Context in which every `nn.Conv` and `nn.BatchNorm` that is traced has the form of convolution.py and batch_norm.py."""
 
     def intercept(call, args, kwargs, context):
         layer = context.module
         here = _own.get() and jax.default_backend() == "cpu" and jax.device_count() == 1
-        if not here or context.method_name != "__call__":
+        if context.method_name != "__call__":
             return call(*args, **kwargs)
         if type(layer) is nn.BatchNorm and batch_norm.serves(layer, *args, **kwargs):
-            return batch_norm.train(layer, args[0])
-        if not isinstance(layer, nn.Conv) or layer.conv_general_dilated is not None:
+            return batch_norm.train(layer, args[0], by_rows=here)
+        if not here or not isinstance(layer, nn.Conv) or layer.conv_general_dilated is not None:
             return call(*args, **kwargs)
         # A layer is a frozen dataclass that may belong to the user, so it is left as it was.
         object.__setattr__(layer, "conv_general_dilated", convolution.convolve)
