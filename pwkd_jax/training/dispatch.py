@@ -93,13 +93,23 @@ def many(step: Callable, image_shape: tuple[int, ...], prepare: Callable[[dict],
         if len(rows) == 1:
             return one(state, rows[0], stored, frozen)
         _, like = jax.eval_shape(one, state, rows[0], stored, frozen)
+        leaves, tree = jax.tree.flatten(like)
+        # All numbers of a kind in one row: a GPU writes what it is to keep of a step at once, not each by itself.
+        kinds: dict[tuple, list[int]] = {}
+        for i, leaf in enumerate(leaves):
+            kinds.setdefault((leaf.shape, leaf.dtype), []).append(i)
+        groups = [*kinds.values()]
 
         def body(i, carry):
-            state, metrics = carry
+            state, kept = carry
             state, found = one(state, rows[i], stored, frozen)
-            return state, jax.tree.map(lambda all, this: all.at[i].set(this), metrics, found)
+            found = jax.tree.leaves(found)
+            new = [jnp.stack([found[member] for member in group]) for group in groups]
+            return state, [all.at[i].set(this) for all, this in zip(kept, new, strict=True)]
 
-        empty = jax.tree.map(lambda x: jnp.zeros((len(rows), *x.shape), x.dtype), like)
-        return jax.lax.fori_loop(0, batch["count"], body, (state, empty))
+        empty = [jnp.zeros((len(rows), len(group), *leaves[group[0]].shape), leaves[group[0]].dtype) for group in groups]
+        state, kept = jax.lax.fori_loop(0, batch["count"], body, (state, empty))
+        of = {member: all[:, at] for group, all in zip(groups, kept, strict=True) for at, member in enumerate(group)}
+        return state, jax.tree.unflatten(tree, [of[i] for i in range(len(leaves))])
 
     return run
