@@ -177,7 +177,7 @@ def test_widths_keep_their_collections(batch_norm):
     alone = own_modules.Counter(width=0.5, num_classes=3)
     before = net.extract(params, statistics, 0.5)
     _, expected = alone.apply(before, images, train=True, mutable=["batch_stats", "ema"])
-    np.testing.assert_array_equal(narrow["ema"]["mean"], expected["ema"]["mean"])
+    np.testing.assert_allclose(narrow["ema"]["mean"], expected["ema"]["mean"], rtol=1e-5)  # by Flax's own sums
     wide = net.extract(params, after, 1.0)["ema"]
     assert int(wide["steps"]) == (1 if batch_norm == "shared" else 0) and wide["mean"].shape == (8,)
     masked = pwkd.make_slimmable(own_modules.Counter, (0.5, 1.0), SHAPE, num_classes=3, batch_norm=batch_norm, execution="mask")
