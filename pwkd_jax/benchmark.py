@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from absl import logging
 
 from pwkd_jax import config
+from pwkd_jax.cost import host_memory
 from pwkd_jax.cost.benchmark import benchmark
 from pwkd_jax.errors import UserError, run_command
 from pwkd_jax.reporting import benchmark as report
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
+        host_memory.keep()
         settings, rest = config.load(argv)
         options, unknown = parser.parse_known_args(rest)
         if unknown:

@@ -25,7 +25,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from pwkd_jax import config, storage
-from pwkd_jax.cost import compilation_cache
+from pwkd_jax.cost import compilation_cache, host_memory
 from pwkd_jax.errors import UserError, run_command
 from pwkd_jax.experiment import fingerprint, run
 from pwkd_jax.reporting import summary
@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     gc.set_threshold(100_000, 20, 20)  # tracing makes millions of objects that stay
     try:
         compilation_cache.enable()
+        host_memory.keep()
         rest = distributed.start(argv)
         with preemption.watching():
             settings, workdir = distributed.together(lambda: _read(rest))

@@ -51,12 +51,13 @@ class Ours:
         import numpy as np
 
         from pwkd_jax import config, data
-        from pwkd_jax.cost import compilation_cache
+        from pwkd_jax.cost import compilation_cache, host_memory
         from pwkd_jax.experiment import definition, programs
         from pwkd_jax.models import costs, precision
         from pwkd_jax.training import sharding
 
         compilation_cache.enable()
+        host_memory.keep()
         c = config.load([f"--config={ROOT}/configs/cifar100.py", f"--config.dtype={dtype}"])[0]
         c.teacher.batch_size = c.student.batch_size = batch
         rng = np.random.default_rng(0)

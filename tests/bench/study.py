@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pwkd_jax import config, stages
-from pwkd_jax.cost import benchmark, compilation_cache, timing
+from pwkd_jax.cost import benchmark, compilation_cache, host_memory, timing
 from pwkd_jax.experiment import programs
 from pwkd_jax.reporting.environment import environment
 from pwkd_jax.training import study
@@ -65,6 +65,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     compilation_cache.enable()
+    host_memory.keep()
     alone = setting(options, "student.together=none")
     together = setting(options, f"student.together={options.way}", "student.study=true")
     runs = options.seeds * len(stages.ARMS)
