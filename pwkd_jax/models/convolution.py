@@ -73,7 +73,8 @@ def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padd
 
 def _channels_first(images: jax.Array) -> jax.Array:
     """[B, H, W, C] as [C, H, W, B], row by row. In one transpose XLA would compute the images anew, from whatever layers it
-    can go back to, and read all of their outputs against the order of memory; a loop is given the images as they are."""
+    can go back to, and read all of their outputs against the order of memory; a loop is given the images as they are. An
+    optimization barrier would not do: XLA's CPU compiler drops it first (findings/cpu_barrier_stops_no_fusion.sh)."""
 
     def row(y):
         return lax.dynamic_index_in_dim(images, y, 1, keepdims=False).transpose(2, 1, 0)
