@@ -18,8 +18,9 @@ def serves(layer: nn.BatchNorm, x: jax.Array, use_running_average: bool | None =
     """Whether `train` is what this call of the layer is to do."""
     chosen = layer.use_running_average if use_running_average is None else use_running_average
     usual = mask is None and layer.axis in (-1, 3) and layer.axis_name is None and layer.use_scale and layer.use_bias
-    single = all(jnp.dtype(d) == "float32" for d in (x.dtype, layer.dtype or x.dtype, layer.param_dtype))
-    return usual and single and x.ndim == 4 and layer.use_fast_variance and not chosen and not layer.is_initializing()
+    known = all(jnp.dtype(d) in ("float32", "bfloat16") for d in (x.dtype, layer.dtype or x.dtype, layer.param_dtype))
+    summed = layer.use_fast_variance and layer.force_float32_reductions and x.ndim == 4
+    return usual and known and summed and not chosen and not layer.is_initializing()
 
 
 def train(layer: nn.BatchNorm, x: jax.Array, by_rows: bool) -> jax.Array:
@@ -27,6 +28,7 @@ def train(layer: nn.BatchNorm, x: jax.Array, by_rows: bool) -> jax.Array:
     by_rows: whether a CPU sums as in `sums`."""
     scale, bias = (nn.meta.unbox(layer.get_variable("params", name)) for name in ("scale", "bias"))
     out, *moments = normalise(x, scale, bias, layer.epsilon, by_rows)
+    out = out.astype(layer.dtype or jnp.result_type(x, scale, bias))
     for name, new in zip(("mean", "var"), moments, strict=True):
         old = layer.get_variable("batch_stats", name)
         layer.put_variable("batch_stats", name, layer.momentum * old + (1 - layer.momentum) * new)
@@ -38,25 +40,30 @@ def normalise(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, by_rows: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, H, W, C] by its mean and variance over all but channels, times scale [C], plus bias [C]; mean [C]; variance [C],
-    biased, as E[x^2] - E[x]^2. Ioffe and Szegedy 2015; mean and variance pass no gradient on: they are what is kept."""
+    biased, as E[x^2] - E[x]^2. All in float32, from float32 or bfloat16. Ioffe and Szegedy 2015; mean and variance pass no
+    gradient on: they are what is kept."""
     return _forward(x, scale, bias, epsilon, by_rows)[0]
 
 
 def _forward(x, scale, bias, epsilon, by_rows):
     count = x.size // x.shape[-1]
-    mean, square = (total / count for total in sums(lambda x: (x, x * x), x, by_rows=by_rows))
+    mean, square = (total / count for total in sums(lambda x: (_float32(x), _float32(x) ** 2), x, by_rows=by_rows))
     var = jnp.maximum(0.0, square - mean * mean)
     inverse = lax.rsqrt(var + epsilon)
-    return ((x - mean) * (inverse * scale) + bias, mean, var), (x, scale, mean, inverse)
+    return ((_float32(x) - mean) * (inverse * scale) + bias, mean, var), (x, scale, bias, mean, inverse)
 
 
 def _backward(epsilon, by_rows, saved, cotangents):
-    x, scale, mean, inverse = saved
+    x, scale, bias, mean, inverse = saved
     cotangent, count = cotangents[0], x.size // x.shape[-1]
-    by_bias, product = sums(lambda g, x: (g, g * (x - mean)), cotangent, x, by_rows=by_rows)
+    by_bias, product = sums(lambda g, x: (g, g * (_float32(x) - mean)), cotangent, x, by_rows=by_rows)
     by_scale = product * inverse
-    by_x = (cotangent - by_bias / count - (x - mean) * (inverse * by_scale / count)) * (inverse * scale)
-    return by_x, by_scale, by_bias
+    by_x = (cotangent - by_bias / count - (_float32(x) - mean) * (inverse * by_scale / count)) * (inverse * scale)
+    return by_x.astype(x.dtype), by_scale.astype(scale.dtype), by_bias.astype(bias.dtype)
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
 
 
 normalise.defvjp(_forward, _backward)
