@@ -102,6 +102,48 @@ def test_another_layer_is_flaxs_own(layer, drawn):
     assert "custom_vjp" in str(jax.make_jaxpr(lambda x: own(nn.BatchNorm(False), variables(drawn), x))(x))
 
 
+def test_what_reads_the_moved_statistics_sends_them_a_gradient(drawn):
+    layer = nn.BatchNorm(use_running_average=False, momentum=0.5)
+
+    def loss(run, x):
+        kept = run(variables(drawn), x)[1]["batch_stats"]
+        return jnp.sum(kept["mean"] * drawn["scale"] + kept["var"] ** 2)
+
+    x = jnp.asarray(drawn["x"])
+    ours = jax.grad(lambda x: loss(lambda v, x: own(layer, v, x), x))(x)
+    theirs = jax.grad(lambda x: loss(lambda v, x: layer.apply(v, x, mutable=["batch_stats"]), x))(x)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_flax_refuses_is_refused(drawn):
+    x = jnp.asarray(drawn["x"])
+    with pytest.raises(ValueError, match="use_running_average"), compute.layers():
+        nn.BatchNorm(use_running_average=True).apply(variables(drawn), x, use_running_average=False, mutable=["batch_stats"])
+    wrong = variables(drawn) | {"params": {"scale": jnp.ones(1), "bias": jnp.ones(6)}}
+    with pytest.raises(errors.ScopeParamShapeError):
+        own(nn.BatchNorm(use_running_average=False), wrong, x)
+    alone = {"params": variables(drawn)["params"]}  # and statistics that are missing begin as Flax's do
+    kept = own(nn.BatchNorm(use_running_average=False), alone, x)[1]["batch_stats"]
+    np.testing.assert_allclose(kept["mean"], 0.01 * drawn["x"].mean((0, 1, 2)), rtol=1e-4)
+
+
+def test_within_a_shard_map_of_ones_own(drawn):
+    layer, mesh = nn.BatchNorm(use_running_average=False), jax.sharding.Mesh(jax.devices()[:1], ("data",))
+
+    def gradient(run):
+        def one(params, x):
+            return jax.grad(lambda p: jnp.sum(run(variables(drawn) | {"params": p}, x)[0] ** 2))(params)
+
+        specs = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+        sharded = jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=specs[0])
+        return jax.jit(sharded)(variables(drawn)["params"], jnp.asarray(drawn["x"]))
+
+    ours = gradient(lambda v, x: own(layer, v, x))
+    theirs = gradient(lambda v, x: layer.apply(v, x, mutable=["batch_stats"]))
+    for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_masked_batch_is_flaxs_own(drawn):
     layer, mask = nn.BatchNorm(use_running_average=False), jnp.arange(5).reshape(5, 1, 1, 1) < 3
     with compute.layers():

@@ -61,7 +61,7 @@ def test_it_folds_what_it_may_and_no_more():
     """Not the norm whose input is no convolution's output, nor the convolution that is read twice."""
     model = Mixed()
     variables, images = drawn(model)
-    convs = {conv[0]: norm[0] for conv, (norm, _) in batch_norm_folding.pairs(model, variables, images).items()}
+    convs = {conv[0]: norm.path[0] for conv, norm in batch_norm_folding.pairs(model, variables, images).items()}
     assert convs == {"Conv_0": "BatchNorm_0", "Conv_1": "BatchNorm_1"}
     whole = models.create("resnet8", width=0.25, num_classes=10)
     assert len(batch_norm_folding.pairs(whole, *drawn(whole))) == 9
@@ -86,11 +86,38 @@ def test_it_folds_in_the_forms_that_a_cpu_has_in_training():
 
 def test_the_affine_map_in_float64():
     variables, _ = drawn(Mixed())
-    scale, shift = batch_norm_folding.affine(variables, ("Conv_0",), ("BatchNorm_0",), 1e-3)
+    scale, shift = batch_norm_folding.affine(variables, ("Conv_0",), batch_norm_folding.Norm(("BatchNorm_0",), 1e-3, True))
     p, s = variables["params"]["BatchNorm_0"], variables["batch_stats"]["BatchNorm_0"]
     x, own = np.float64(0.7), np.float64(variables["params"]["Conv_0"]["bias"])
     expected = (x + own - s["mean"]) / np.sqrt(np.float64(s["var"]) + 1e-3) * p["scale"] + p["bias"]
     np.testing.assert_allclose(x * np.float64(scale) + np.float64(shift) + own, expected, rtol=1e-5, atol=1e-6)
+
+
+class Odd(nn.Module):
+    """A kernel made of the one that is stored, a boxed one, and layers that are called twice."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        norm = lambda name: nn.BatchNorm(use_running_average=not train, name=name)  # noqa: E731
+        x = norm("a")(nn.WeightNorm(nn.Conv(6, (3, 3), use_bias=False))(x))
+        boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, None, None, "model"))
+        x = nn.relu(norm("b")(nn.Conv(6, (3, 3), kernel_init=boxed)(nn.relu(x))))
+        twice, shared = nn.Conv(6, (1, 1), name="twice"), norm("c")
+        x = nn.relu(shared(twice(x)))
+        return models.Outputs(nn.Dense(4)(shared(nn.relu(twice(x))).mean((1, 2))))
+
+
+def test_kernels_that_are_made_and_layers_that_are_shared_stay_right():
+    model, images = Odd(), np.random.default_rng(0).standard_normal((4, *SHAPE), np.float32)
+    variables = model.init(jax.random.key(0), images)
+    variables = jax.tree.map(lambda x: x + 0.3 * jax.random.uniform(jax.random.key(x.size), x.shape), variables)
+    found = batch_norm_folding.pairs(model, variables, images)
+    assert {norm.path[0]: norm.stored for norm in found.values()} == {"a": False, "b": True}
+    folded = batch_norm_folding.Folded(model)
+    ready = folded.prepare(variables, SHAPE)
+    assert len(ready["folded"]) == 1
+    for given in (variables, ready):
+        alike(outputs(model, variables, images), outputs(folded, given, images), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))

@@ -24,7 +24,7 @@ print(told, faults() - before)
 
 
 def run(**environment) -> tuple[str, int]:
-    kept = {name: value for name, value in os.environ.items() if name not in host_memory.OWN}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(host_memory.OWN)}
     command = [sys.executable, "-c", CHILD]
     done = subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True)
     told, faults = done.stdout.split()

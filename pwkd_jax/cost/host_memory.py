@@ -14,7 +14,8 @@ import jax
 
 # The parameters of mallopt(3), by the numbers of glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
-OWN = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+# By which a user has settings of one's own for glibc: names in the environment begin so.
+OWN = ("GLIBC_TUNABLES", "MALLOC_")
 # With one arena threads wait for each other; beyond so many cores nobody has measured what that costs.
 MOST_CORES = 16
 
@@ -22,10 +23,11 @@ MOST_CORES = 16
 def keep() -> bool:
     """Tell glibc so; whether it was told. To be called before JAX's first computation, whose threads have arenas of their own.
 
-    Nothing is done on other systems, where JAX may have an accelerator, and where the environment has settings of one's own
-    (one of OWN)."""
+    From then on the process keeps all that it frees, decoded images too. Nothing is done on other systems, where JAX may have
+    an accelerator (a plug-in of JAX or libtpu is installed, and JAX_PLATFORMS is not cpu), and where the environment has
+    settings of one's own, see OWN."""
     other = sys.platform != "linux" or _accelerated() or (os.cpu_count() or 1) > MOST_CORES
-    if other or any(name in os.environ for name in OWN):
+    if other or any(name.startswith(OWN) for name in os.environ):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

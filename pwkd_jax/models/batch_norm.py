@@ -15,12 +15,19 @@ from jax import lax
 
 
 def serves(layer: nn.BatchNorm, x: jax.Array, use_running_average: bool | None = None, *, mask=None) -> bool:
-    """Whether `train` is what this call of the layer is to do."""
-    chosen = layer.use_running_average if use_running_average is None else use_running_average
+    """Whether `train` is what this call of the layer is to do, and can."""
+    if nn.merge_param("use_running_average", layer.use_running_average, use_running_average) or layer.is_initializing():
+        return False
+    # Flax makes what is missing and refuses what has another shape; in a `shard_map` of the user's own it knows what varies.
+    names = (("params", "scale"), ("params", "bias"), ("batch_stats", "mean"), ("batch_stats", "var"))
+    if not all(layer.has_variable(*name) for name in names) or jax.sharding.get_abstract_mesh().manual_axes:
+        return False
+    if any(jnp.shape(nn.meta.unbox(layer.get_variable(*name))) != x.shape[-1:] for name in names):
+        return False
     usual = mask is None and layer.axis in (-1, 3) and layer.axis_name is None and layer.use_scale and layer.use_bias
     known = all(jnp.dtype(d) in ("float32", "bfloat16") for d in (x.dtype, layer.dtype or x.dtype, layer.param_dtype))
     summed = layer.use_fast_variance and layer.force_float32_reductions and x.ndim == 4
-    return usual and known and summed and not chosen and not layer.is_initializing()
+    return bool(usual and known and summed)
 
 
 def train(layer: nn.BatchNorm, x: jax.Array, by_rows: bool) -> jax.Array:
@@ -40,8 +47,8 @@ def normalise(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, by_rows: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, H, W, C] by its mean and variance over all but channels, times scale [C], plus bias [C]; mean [C]; variance [C],
-    biased, as E[x^2] - E[x]^2. All in float32, from float32 or bfloat16. Ioffe and Szegedy 2015; mean and variance pass no
-    gradient on: they are what is kept."""
+    biased, as E[x^2] - E[x]^2. All in float32, from float32 or bfloat16. Ioffe and Szegedy 2015. Differentiated in reverse
+    mode alone."""
     return _forward(x, scale, bias, epsilon, by_rows)[0]
 
 
@@ -50,15 +57,17 @@ def _forward(x, scale, bias, epsilon, by_rows):
     mean, square = (total / count for total in sums(lambda x: (_float32(x), _float32(x) ** 2), x, by_rows=by_rows))
     var = jnp.maximum(0.0, square - mean * mean)
     inverse = lax.rsqrt(var + epsilon)
-    return ((_float32(x) - mean) * (inverse * scale) + bias, mean, var), (x, scale, bias, mean, inverse)
+    return ((_float32(x) - mean) * (inverse * scale) + bias, mean, var), (x, scale, bias, mean, var)
 
 
 def _backward(epsilon, by_rows, saved, cotangents):
-    x, scale, bias, mean, inverse = saved
-    cotangent, count = cotangents[0], x.size // x.shape[-1]
+    x, scale, bias, mean, var = saved
+    cotangent, of_mean, of_var = cotangents
+    count, inverse = x.size // x.shape[-1], lax.rsqrt(var + epsilon)
     by_bias, product = sums(lambda g, x: (g, g * (_float32(x) - mean)), cotangent, x, by_rows=by_rows)
     by_scale = product * inverse
     by_x = (cotangent - by_bias / count - (_float32(x) - mean) * (inverse * by_scale / count)) * (inverse * scale)
+    by_x += of_mean / count + (_float32(x) - mean) * jnp.where(var > 0, of_var * 2 / count, 0)  # nothing, where none read them
     return by_x.astype(x.dtype), by_scale.astype(scale.dtype), by_bias.astype(bias.dtype)
 
 
