@@ -68,7 +68,8 @@ def test_a_residual_branch_that_is_left_out_leaves_the_shortcut():
     x = jnp.asarray(np.random.default_rng(1).standard_normal((6, *shape)), jnp.float32)
     options = {"rngs": {"dropout": jax.random.key(0)}, "mutable": ["intermediates", "batch_stats"]}
     _, kept = model.apply(variables, x, train=True, capture_intermediates=lambda m, _: m.name == "stage3_block1", **options)
-    np.testing.assert_array_equal(gone, kept["intermediates"]["stage3_block1"]["__call__"][0][0])
+    first = kept["intermediates"]["stage3_block1"]["__call__"][0][0]
+    np.testing.assert_allclose(gone, first, rtol=1e-4, atol=1e-4)  # whose batch norm Flax sums
 
 
 def test_a_slimmable_teacher_drops_paths_by_its_key():

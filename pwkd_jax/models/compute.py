@@ -19,6 +19,7 @@ from pwkd_jax.models import batch_norm, convolution
 EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 _own = contextvars.ContextVar("own", default=True)
+_innermost = contextvars.ContextVar("innermost", default=None)
 
 
 @contextlib.contextmanager
@@ -31,13 +32,15 @@ def left_to_xla():
         _own.reset(token)
 
 
+@contextlib.contextmanager
 def layers():
     """Context in which every `nn.Conv` and `nn.BatchNorm` that is traced has the form of convolution.py and batch_norm.py."""
 
     def intercept(call, args, kwargs, context):
         layer = context.module
         here = _own.get() and jax.default_backend() == "cpu" and jax.device_count() == 1
-        if context.method_name != "__call__":
+        # Whoever came between two of these, `freezing.as_predicting` say, is heard before the inner one.
+        if context.method_name != "__call__" or _innermost.get() is not intercept:
             return call(*args, **kwargs)
         if type(layer) is nn.BatchNorm and batch_norm.serves(layer, *args, **kwargs):
             return batch_norm.train(layer, args[0] if args else kwargs["x"], by_rows=here)
@@ -50,7 +53,12 @@ def layers():
         finally:
             object.__setattr__(layer, "conv_general_dilated", None)
 
-    return nn.intercept_methods(intercept)
+    token = _innermost.set(intercept)
+    try:
+        with nn.intercept_methods(intercept):
+            yield
+    finally:
+        _innermost.reset(token)
 
 
 @functools.cache
