@@ -1,8 +1,8 @@
 """Flax's batch norm of a batch, the same numbers to rounding, with its gradient in closed form: of two sums over the images,
 where the derivative of the formula as Flax has it takes three, and on a GPU more kernels (tests/bench/gpu_structure.py).
 
-On a CPU XLA takes such sums one channel after another, each through all of the memory: four to twenty times slower
-(tests/bench/layers.py) than a loop over rows of pixels that adds whole rows and reads it once.
+On a CPU XLA takes such sums one channel after another, each through all of the memory: two to fourteen times the
+processor time (tests/bench/layers.py) of a loop over rows of pixels, which adds whole rows and reads it once.
 """
 
 from collections.abc import Callable
