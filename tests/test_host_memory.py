@@ -16,10 +16,12 @@ told = host_memory.keep()
 step = jax.jit(lambda x: (jnp.sin(x) @ x).sum())
 x = jnp.ones((1500, 1500))
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for turn in range(6):
+counts = []
+for turn in range(15):
     before = faults()
     step(x).block_until_ready()
-print(told, faults() - before)
+    counts.append(faults() - before)
+print(told, sorted(counts)[7])
 """
 
 
@@ -36,7 +38,7 @@ def test_a_step_gets_the_memory_of_the_one_before():
     told, faults = run(JAX_PLATFORMS="cpu")
     left, more = run(JAX_PLATFORMS="cpu", MALLOC_TRIM_THRESHOLD_="131072")
     assert (told, left) == ("True", "False")
-    assert faults < 500 < more  # of 4 KiB: the two arrays take 4,400 of them
+    assert faults < 500 < more  # of 4 KiB, in a step at the median: its two arrays take 4,400; now and then one moves
 
 
 def test_other_devices_and_machines_are_left_alone(monkeypatch):
