@@ -1,5 +1,6 @@
 """Convolutions in the forms of a CPU: equal to a float64 reference, whatever the layer, and no change for other devices."""
 
+import contextlib
 import re
 from functools import partial
 
@@ -54,8 +55,10 @@ def reference(images, kernel, cotangent, strides, padding):
     return out, by_images[:, top : by_images.shape[1] - bottom, left : by_images.shape[2] - right], by_kernel
 
 
+@pytest.mark.parametrize("large", (0, convolution.LARGE), ids=("by rows", "at once"))
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients_equal_the_definition(case):
+def test_values_and_gradients_equal_the_definition(case, large, monkeypatch):
+    monkeypatch.setattr(convolution, "LARGE", large)
     image_shape, kernel_shape, strides, padding = CASES[case]
     rng = np.random.default_rng(0)
     images, kernel = (rng.standard_normal(s).astype(np.float32) for s in (image_shape, kernel_shape))
@@ -73,7 +76,8 @@ def test_values_and_gradients_equal_the_definition(case):
     for found in ((out, *back(cotangent)), (same, *theirs(cotangent))):
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max() * 3)
-    assert "platform_index" in str(jax.make_jaxpr(lambda *a: jax.vjp(ours, *a)[1](cotangent))(images, kernel))
+    program = str(jax.make_jaxpr(lambda *a: jax.vjp(ours, *a)[1](cotangent))(images, kernel))
+    assert ("scan[" in program) == ("depthwise" in case or (large == 0 and "1x1" not in case))
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
@@ -130,7 +134,8 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("name", ("odd", "resnet8"))
-def test_models_gradients_are_the_same(name, batch):
+def test_models_gradients_are_the_same(name, batch, monkeypatch):
+    monkeypatch.setattr(convolution, "LARGE", 0)
     model = Odd() if name == "odd" else models.create(name, num_classes=4)
     variables = model.init(jax.random.key(0), batch[0], train=False)
     variables = {"batch_stats": {}, **variables}
@@ -143,7 +148,7 @@ def test_models_gradients_are_the_same(name, batch):
 
     ours, program = gradient(lambda v: models.apply(model, v, batch[0], train=True)[0].logits)
     plain, without = gradient(lambda v: model.apply(v, batch[0], train=True, mutable=["batch_stats"])[0].logits)
-    assert "platform_index" in program and "platform_index" not in without
+    assert "scan[" in program and "scan[" not in without
     for a, b in zip(jax.tree.leaves(ours(variables["params"])), jax.tree.leaves(plain(variables["params"])), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-5 * max(1, np.abs(b).max()))
 
@@ -159,20 +164,22 @@ def test_layers_are_left_as_they_were():
 @pytest.mark.parametrize("groups", (1, 2))
 def test_other_devices_keep_their_convolutions(groups):
     """A program for a TPU, compiled on a CPU box as pre-flight does, has JAX's own gradient in it."""
-    images, kernel = jnp.zeros((4, 16, 16, 2)), jnp.zeros((3, 3, 2 // groups, 2))
+    images, layer = jnp.zeros((4, 16, 16, 2)), nn.Conv(2, (3, 3), feature_group_count=groups, use_bias=False)
+    variables = layer.init(jax.random.key(0), images)
 
-    def gradient(convolve):
-        def loss(kernel):
-            options = {"dimension_numbers": convolution.NUMBERS, "feature_group_count": groups}
-            return jnp.sum(convolve(images, kernel, (1, 1), "SAME", **options) ** 2)
+    def gradient(within):
+        def loss(variables):
+            with within():
+                return jnp.sum(layer.apply(variables, images) ** 2)
 
-        traced = jax.jit(jax.grad(loss)).trace(kernel)
+        traced = jax.jit(jax.grad(loss)).trace(variables)
         texts = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda"))
         return [re.findall(r"stablehlo.convolution.*?dim_numbers = (.*?), window", text) for text in texts]
 
-    ours, plain = gradient(convolution.convolve), gradient(lax.conv_general_dilated)
+    ours, plain = gradient(compute.layers), gradient(contextlib.nullcontext)
     assert set(ours[0]) == ({"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"} if groups == 1 else set())
-    assert ours[1:] == plain[1:] and len(plain[1]) == 2
+    with compute.left_to_xla():
+        assert gradient(compute.layers) == plain and len(plain[1]) == 2
 
 
 def test_preflight_reckons_with_convolutions():
@@ -189,5 +196,5 @@ def test_preflight_reckons_with_convolutions():
     flops = compiler.outline(program, 1, None).flops
     assert count <= flops < 2.5 * count
     with compute.left_to_xla():
-        assert "platform_index" not in str(jax.make_jaxpr(jax.grad(loss))(variables))
-    assert "platform_index" in str(jax.make_jaxpr(jax.grad(loss))(variables))
+        assert "scan[" not in str(jax.make_jaxpr(jax.grad(loss))(variables))
+    assert "scan[" in str(jax.make_jaxpr(jax.grad(loss))(variables))

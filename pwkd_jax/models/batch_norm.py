@@ -2,7 +2,8 @@
 where the derivative of the formula as Flax has it takes three, and on a GPU more kernels (tests/bench/gpu_structure.py).
 
 On a CPU XLA takes such sums one channel after another, each through all of the memory: two to fourteen times the
-processor time (tests/bench/layers.py) of a loop over rows of pixels, which adds whole rows and reads it once.
+processor time (tests/bench/layers.py) of a loop over rows of pixels, which adds whole rows and reads it once. For images that
+a core's cache holds a loop is not worth its compilation (`convolution.large`).
 """
 
 from collections.abc import Callable
@@ -81,16 +82,13 @@ normalise.defvjp(_forward, _backward)
 def sums(terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array, by_rows: bool) -> tuple[jax.Array, ...]:
     """The arrays `terms(*arrays)`, of the arrays' own shape [B, H, W, C], summed over all but channels: [C] each."""
 
-    def loop(*arrays):
-        def add(totals, row):
-            return tuple(t + x for t, x in zip(totals, terms(*row), strict=True)), None
-
-        row = arrays[0].shape[2:]
-        zeros = tuple(jnp.zeros(row, x.dtype) for x in jax.eval_shape(terms, *arrays))
-        totals, _ = lax.scan(add, zeros, tuple(x.reshape(-1, *row) for x in arrays))
-        return tuple(jnp.sum(t, 0) for t in totals)
-
-    def plain(*arrays):
+    if not by_rows:
         return tuple(jnp.sum(x, (0, 1, 2)) for x in terms(*arrays))
 
-    return lax.platform_dependent(*arrays, cpu=loop, default=plain) if by_rows else plain(*arrays)
+    def add(totals, row):
+        return tuple(t + x for t, x in zip(totals, terms(*row), strict=True)), None
+
+    row = arrays[0].shape[2:]
+    zeros = tuple(jnp.zeros(row, x.dtype) for x in jax.eval_shape(terms, *arrays))
+    totals, _ = lax.scan(add, zeros, tuple(x.reshape(-1, *row) for x in arrays))
+    return tuple(jnp.sum(t, 0) for t in totals)

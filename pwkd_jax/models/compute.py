@@ -43,7 +43,8 @@ def layers():
         if context.method_name != "__call__" or _innermost.get() is not intercept:
             return call(*args, **kwargs)
         if type(layer) is nn.BatchNorm and batch_norm.serves(layer, *args, **kwargs):
-            return batch_norm.train(layer, args[0] if args else kwargs["x"], by_rows=here)
+            images = args[0] if args else kwargs["x"]
+            return batch_norm.train(layer, images, by_rows=here and convolution.large(images))
         if not here or not isinstance(layer, nn.Conv) or layer.conv_general_dilated is not None:
             return call(*args, **kwargs)
         # A layer is a frozen dataclass that may belong to the user, so it is left as it was.

@@ -17,6 +17,7 @@ from jax import lax
 
 from pwkd_jax.models import depthwise
 
+LARGE = 2**20  # bytes
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 # What a convolution may be told and still be one of these.
 NEUTRAL = {"lhs_dilation": 1, "rhs_dilation": 1, "feature_group_count": 1, "batch_group_count": 1, "precision": None,
@@ -71,14 +72,21 @@ def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padd
     return found.astype(dtype)
 
 
+def large(images: jax.Array) -> bool:
+    """Whether to go through them row by row: more than a core's cache holds, and so worth a loop's compilation."""
+    return images.size * images.dtype.itemsize >= LARGE
+
+
 def _channels_first(images: jax.Array) -> jax.Array:
-    """[B, H, W, C] as [C, H, W, B], row by row. In one transpose XLA would compute the images anew, from whatever layers it
-    can go back to, and read all of their outputs against the order of memory; a loop is given the images as they are. An
-    optimization barrier would not do: XLA's CPU compiler drops it first (findings/cpu_barrier_stops_no_fusion.sh)."""
+    """[B, H, W, C] as [C, H, W, B], large ones row by row. In one transpose XLA would compute the images anew, from whatever
+    layers it can go back to, and read all of their outputs against the order of memory; a loop is given the images as they
+    are. An optimization barrier would not do: XLA's CPU compiler drops it first (findings/cpu_barrier_stops_no_fusion.sh)."""
 
     def row(y):
         return lax.dynamic_index_in_dim(images, y, 1, keepdims=False).transpose(2, 1, 0)
 
+    if not large(images):
+        return images.transpose(3, 1, 2, 0)
     return lax.map(row, jnp.arange(images.shape[1])).transpose(1, 0, 2, 3)
 
 
@@ -95,16 +103,11 @@ def _with(plain: Callable, forward: Callable, by_images: Callable, by_kernel: Ca
         return run(images, kernel, strides, padding), (images, kernel)
 
     def backward(strides, padding, saved, cotangent):
-        def own(images, kernel, cotangent):
-            return (
-                by_images(kernel, cotangent, images.shape[1:3], strides, padding),
-                by_kernel(images, cotangent, kernel.shape[:2], strides, padding),
-            )
-
-        def default(images, kernel, cotangent):
-            return jax.vjp(partial(plain, strides=strides, padding=padding), images, kernel)[1](cotangent)
-
-        return lax.platform_dependent(*saved, cotangent, cpu=own, default=default)
+        images, kernel = saved
+        return (
+            by_images(kernel, cotangent, images.shape[1:3], strides, padding),
+            by_kernel(images, cotangent, kernel.shape[:2], strides, padding),
+        )
 
     found = jax.custom_vjp(run, nondiff_argnums=(2, 3))
     found.defvjp(kept, backward)
