@@ -15,6 +15,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from pwkd_jax import data
+from pwkd_jax.data import digits
 from pwkd_jax.errors import UserError
 
 REPO = Path(__file__).parents[1]
@@ -125,9 +126,11 @@ def _refusal(*args, **kwargs) -> str:
 # Sources: digits.
 
 
-def test_digits_are_the_bundled_images_split_by_position():
+@pytest.mark.parametrize("where", (digits.FILE, "moved.csv.gz"))
+def test_digits_are_the_bundled_images_split_by_position(where, monkeypatch):
     from sklearn.datasets import load_digits
 
+    monkeypatch.setattr(digits, "FILE", where)
     d = data.load("digits")
     bunch = load_digits()
     assert (d.name, d.num_classes, d.image_shape) == ("digits", 10, (8, 8, 1))

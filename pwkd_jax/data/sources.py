@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pwkd_jax.data import slices
+from pwkd_jax.data import digits, slices
 from pwkd_jax.data.copies import copied
 from pwkd_jax.data.records import Records
 from pwkd_jax.data.records import find as _find
@@ -167,9 +167,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _digits() -> _Store:
-    from sklearn.datasets import load_digits
-
-    values, labels = load_digits(return_X_y=True)
+    values, labels = digits.table()
     images = np.rint(values * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     is_test = np.arange(len(labels)) % 3 == 2
     splits = {s: Split(images[m], labels[m].astype(np.int32)) for s, m in (("train", ~is_test), ("test", is_test))}

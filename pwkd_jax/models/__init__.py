@@ -276,5 +276,15 @@ def as_outputs(out: Any) -> Outputs:
 
 def abstract(model: nn.Module, image_shape: tuple[int, ...]) -> dict:
     """Shapes and dtypes of the model's variables for images [H, W, C], without allocating anything."""
+    try:
+        found = _abstract(model, tuple(image_shape), jax.config.jax_enable_x64)
+    except TypeError:  # of a model that has no hash; where it is of anything else, it comes again
+        found = _abstract.__wrapped__(model, tuple(image_shape), False)
+    return jax.tree.map(lambda leaf: leaf, found)
+
+
+@functools.lru_cache(maxsize=256)
+def _abstract(model: nn.Module, image_shape: tuple[int, ...], x64: bool) -> dict:
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return dict(jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), images))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return dict(jax.eval_shape(lambda key, x: model.init(key, x, train=False), key, images))
