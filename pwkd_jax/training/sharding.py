@@ -84,7 +84,7 @@ def creator(mesh: Mesh, make: Callable, how: str, *like, layout: Callable | None
     like: arguments of the same shapes, not kept. layout(tree) -> shardings, in place of `shardings` by `how`. `.layout` of the
     result is the shardings of what it makes, `.like` its ShapeDtypeStructs.
     """
-    made = jax.eval_shape(make, *like)
+    made = jax.jit(make).eval_shape(*like)  # whose trace the call below finds again
     layout = layout(made) if layout else shardings(mesh, made, how)
     # This runs once: LLVM's first level, in place of its last, gives the same bits sooner (tests/bench/start.py).
     sooner = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
