@@ -33,12 +33,12 @@ def run(**environment) -> tuple[str, int]:
     return told, int(faults)
 
 
-@pytest.mark.skipif(sys.platform != "linux" or (os.cpu_count() or 1) > host_memory.MOST_CORES, reason="nothing is done there")
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is done there")
 def test_a_step_gets_the_memory_of_the_one_before():
     told, faults = run(JAX_PLATFORMS="cpu")
     left, more = run(JAX_PLATFORMS="cpu", MALLOC_TRIM_THRESHOLD_="131072")
     assert (told, left) == ("True", "False")
-    assert faults < 500 < more  # of 4 KiB, in a step at the median: its two arrays take 4,400; now and then one moves
+    assert faults < 500 < more  # of 4 KiB, at the median: its two arrays take 4,400, and now and then one moves
 
 
 def test_other_devices_and_machines_are_left_alone(monkeypatch):
@@ -46,9 +46,6 @@ def test_other_devices_and_machines_are_left_alone(monkeypatch):
     assert not host_memory.keep()
     monkeypatch.undo()
     monkeypatch.setattr(host_memory, "_accelerated", lambda: True)
-    assert not host_memory.keep()
-    monkeypatch.undo()
-    monkeypatch.setattr(host_memory.os, "cpu_count", lambda: host_memory.MOST_CORES + 1)
     assert not host_memory.keep()
 
 

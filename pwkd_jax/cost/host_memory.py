@@ -1,7 +1,9 @@
 """On a CPU, memory that one step gives back is kept for the next.
 
 XLA allocates a step's temporary arrays anew each time, and glibc maps memory of that size from the kernel and gives it back, so
-that every step meets a page fault for each 4 KiB of them (tests/test_host_memory.py counts them).
+that every step meets a page fault for each 4 KiB of them (tests/test_host_memory.py counts them). What the threads of a
+convolution take for themselves glibc still maps, where it is more than 64 MiB. With a single arena (MALLOC_ARENA_MAX=1) it would
+not, but then all threads wait for each other: compiling takes half as long again, and small networks' steps too.
 """
 
 import ctypes
@@ -13,27 +15,24 @@ import sys
 import jax
 
 # The parameters of mallopt(3), by the numbers of glibc's malloc.h.
-TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
 # By which a user has settings of one's own for glibc: names in the environment begin so.
 OWN = ("GLIBC_TUNABLES", "MALLOC_")
-# With one arena threads wait for each other; beyond so many cores nobody has measured what that costs.
-MOST_CORES = 16
 
 
 def keep() -> bool:
-    """Tell glibc so; whether it was told. To be called before JAX's first computation, whose threads have arenas of their own.
+    """Tell glibc so; whether it was told.
 
     From then on the process keeps all that it frees, decoded images too. Nothing is done on other systems, where JAX may have
     an accelerator (a plug-in of JAX or libtpu is installed, and JAX_PLATFORMS is not cpu), and where the environment has
     settings of one's own, see OWN."""
-    other = sys.platform != "linux" or _accelerated() or (os.cpu_count() or 1) > MOST_CORES
-    if other or any(name.startswith(OWN) for name in os.environ):
+    if sys.platform != "linux" or _accelerated() or any(name.startswith(OWN) for name in os.environ):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
         return False
-    return all([mallopt(ARENA_MAX, 1), mallopt(MMAP_MAX, 0), mallopt(TRIM_THRESHOLD, -1)])
+    return all([mallopt(MMAP_MAX, 0), mallopt(TRIM_THRESHOLD, -1)])
 
 
 def _accelerated() -> bool:
