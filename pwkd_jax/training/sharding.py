@@ -84,7 +84,8 @@ def creator(mesh: Mesh, make: Callable, how: str, *like, layout: Callable | None
     like: arguments of the same shapes, not kept. layout(tree) -> shardings, in place of `shardings` by `how`. `.layout` of the
     result is the shardings of what it makes, `.like` its ShapeDtypeStructs.
     """
-    made = jax.jit(make).eval_shape(*like)  # whose trace the call below finds again
+    shapes = jax.eval_shape(lambda *like: like, *like)
+    made = jax.jit(make).eval_shape(*abstract(shapes, shardings(mesh, shapes, how)))  # a trace that the call finds again
     layout = layout(made) if layout else shardings(mesh, made, how)
     # This runs once: LLVM's first level, in place of its last, gives the same bits sooner (tests/bench/start.py).
     sooner = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
@@ -99,7 +100,11 @@ def creator(mesh: Mesh, make: Callable, how: str, *like, layout: Callable | None
 
 def abstract(tree: Any, layout: Any) -> Any:
     """ShapeDtypeStructs of `tree`, arrays or abstract, that lie as `layout` (a tree of shardings) has it."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
+
+    def one(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=getattr(x, "weak_type", False))
+
+    return jax.tree.map(one, tree, layout)
 
 
 def place(mesh: Mesh, tree: Any, how: str = "replicated") -> Any:
