@@ -14,7 +14,7 @@ from pwkd_jax import models, slimmable
 from pwkd_jax.distillers import protocol
 from pwkd_jax.distillers.standardise import standardise
 from pwkd_jax.errors import UserError
-from pwkd_jax.models import again, compute
+from pwkd_jax.models import again, compute, costs
 
 
 class Progress(NamedTuple):
@@ -233,7 +233,11 @@ def fit(
 
     def outputs(model: nn.Module, train: bool = False) -> models.Outputs:
         variables = models.abstract(model, image_shape)
-        out = jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, batch["image"])
+        if models.ours(model):  # traced once, for its cost too
+            one = costs.evaluated(model, tuple(image_shape))[1]
+            out = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), one)
+        else:
+            out = jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, batch["image"])
         return again.attach(out, model, variables, train) if reruns(distiller) else out
 
     try:

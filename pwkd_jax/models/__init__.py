@@ -274,17 +274,28 @@ def as_outputs(out: Any) -> Outputs:
     return Outputs(out)
 
 
+def remembered(function: Callable) -> Callable:
+    """function(model, ...) of hashable arguments, run once for those that it has had; anew for a model that has no hash."""
+    known = functools.lru_cache(maxsize=256)(function)
+
+    @functools.wraps(function)
+    def run(model, *rest):
+        try:
+            hash(model)
+        except TypeError:
+            return function(model, *rest)
+        return known(model, *rest)
+
+    return run
+
+
 def abstract(model: nn.Module, image_shape: tuple[int, ...]) -> dict:
     """Shapes and dtypes of the model's variables for images [H, W, C], without allocating anything."""
-    try:
-        found = _abstract(model, tuple(image_shape), jax.config.jax_enable_x64)
-    except TypeError:  # of a model that has no hash; where it is of anything else, it comes again
-        found = _abstract.__wrapped__(model, tuple(image_shape), False)
-    return jax.tree.map(lambda leaf: leaf, found)
+    return jax.tree.map(lambda leaf: leaf, _abstract(model, tuple(image_shape)))
 
 
-@functools.lru_cache(maxsize=256)
-def _abstract(model: nn.Module, image_shape: tuple[int, ...], x64: bool) -> dict:
+@remembered
+def _abstract(model: nn.Module, image_shape: tuple[int, ...]) -> dict:
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return dict(jax.eval_shape(lambda key, x: model.init(key, x, train=False), key, images))

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -22,10 +23,16 @@ def macs(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     is the field's custom.
     """
     model, image_shape = sight.inner(model, image_shape)  # resizing images is no work of a network
+    return _count(evaluated(model, tuple(image_shape))[0])
+
+
+@models.remembered
+def evaluated(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[jax.extend.core.Jaxpr, models.Outputs]:
+    """(the program, its Outputs as ShapeDtypeStructs) of one image [H, W, C] in evaluation."""
     variables = models.abstract(model, image_shape)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    program = jax.make_jaxpr(lambda v, x: models.apply(model, v, x, train=False)[0].logits)(variables, images)
-    return _count(program.jaxpr)
+    program, out = jax.make_jaxpr(lambda v, x: models.apply(model, v, x, train=False)[0], return_shape=True)(variables, images)
+    return program.jaxpr, out
 
 
 def _count(jaxpr) -> int:
