@@ -6,7 +6,6 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from pwkd_jax import slimmable, stages, storage, weights
 from pwkd_jax.errors import UserError
@@ -142,6 +141,8 @@ def _student(target: str, workdir: Path, run: Path, step: int | None, width: flo
 
 
 def _checkpoint(run: Path, step: int) -> dict:
+    from orbax.checkpoint import v1 as ocp
+
     path = run / "checkpoints" / str(step)
     try:
         metadata = ocp.checkpointables_metadata(path)

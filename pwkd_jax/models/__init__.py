@@ -8,6 +8,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -16,7 +17,6 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from pwkd_jax.errors import UserError
 from pwkd_jax.models import compute
@@ -146,7 +146,8 @@ FIELDS = {"width": "width: float = 1.0", "num_classes": "num_classes: int = 10"}
 def construct(make: Callable[..., Any], name: str, **fields: Any) -> nn.Module:
     """make(**fields) of your own class or function, or of a family. Raises UserError where that is no Flax Linen module with
     these fields."""
-    if isinstance(make, type) and issubclass(make, nnx.Module):
+    nnx = sys.modules.get("flax.nnx")  # which takes a while to import, and has been where something is of it
+    if nnx and isinstance(make, type) and issubclass(make, nnx.Module):
         raise UserError(f"'{name}' is a module of flax.nnx; it should be one of flax.linen, built by its width")
     if not callable(make) or (isinstance(make, type) and not issubclass(make, nn.Module)):
         raise UserError(f"'{name}' is no Flax module; it should be a class derived from flax.linen.Module")

@@ -66,9 +66,10 @@ def _backward(epsilon, by_rows, saved, cotangents):
     cotangent, of_mean, of_var = cotangents
     count, inverse = x.size // x.shape[-1], lax.rsqrt(var + epsilon)
     by_bias, product = sums(lambda g, x: (g, g * (_float32(x) - mean)), cotangent, x, by_rows=by_rows)
-    by_scale = product * inverse
-    by_x = (cotangent - by_bias / count - (_float32(x) - mean) * (inverse * by_scale / count)) * (inverse * scale)
-    by_x += of_mean / count + (_float32(x) - mean) * jnp.where(var > 0, of_var * 2 / count, 0)  # nothing, where none read them
+    by_scale, by_out = product * inverse, inverse * scale
+    # Of the moments come zeros, where nothing but the running statistics reads them.
+    by_centred = (jnp.where(var > 0, of_var * 2, 0) - by_out * inverse * by_scale) / count
+    by_x = cotangent * by_out + (_float32(x) - mean) * by_centred + (of_mean - by_out * by_bias) / count
     return by_x.astype(x.dtype), by_scale.astype(scale.dtype), by_bias.astype(bias.dtype)
 
 

@@ -7,11 +7,10 @@ narrower windows, the 1x1 shortcut of a residual network, skips pixels by design
 import functools
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
 from pwkd_jax import models
 from pwkd_jax.errors import UserError
+from pwkd_jax.models import costs
 
 # How far from the images' own the sizes are that a refusal tries and names.
 FAR = 64
@@ -38,13 +37,8 @@ def check(model: nn.Module, image_shape: tuple[int, ...]) -> None:
 @functools.lru_cache(maxsize=1024)
 def faults(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[str, int]:
     """(what goes wrong with images [H, W, C], as a phrase, '' where nothing does; what sizes that fit are multiples of)."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-
-    def run(key, images):
-        return model.init_with_output(key, images, train=False)[0].logits
-
-    program = jax.make_jaxpr(run)(jax.eval_shape(lambda: jax.random.key(0)), images)
-    return next((found for layer in _layers(program.jaxpr) if (found := _fault(*layer))[0]), ("", 1))
+    program = costs.evaluated(model, image_shape)[0]
+    return next((found for layer in _layers(program) if (found := _fault(*layer))[0]), ("", 1))
 
 
 def _layers(jaxpr):

@@ -15,7 +15,6 @@ import google_crc32c
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from pwkd_jax import storage
 from pwkd_jax.errors import UserError
@@ -36,6 +35,8 @@ class Checkpoints:
 
     @preemption.unbroken()
     def _open(self) -> None:
+        from orbax.checkpoint import v1 as ocp  # takes a while, which may be that in which a step is compiled
+
         distributed.decide(self._put_unreadable_aside)
         policies = ocp.training.preservation_policies
         self._manager = ocp.training.Checkpointer(
@@ -52,6 +53,8 @@ class Checkpoints:
 
     def _put_unreadable_aside(self) -> None:
         """Of checkpoints whose metadata Orbax cannot read, for it would then list none of the others either."""
+        from orbax.checkpoint import v1 as ocp
+
         for name in map(str, storage.saved_steps(self._directory)):
             try:
                 ocp.checkpointables_metadata(self._directory / name)

@@ -31,6 +31,7 @@ from pwkd_jax.training import (
     sharding,
 )
 from pwkd_jax.training import state as states
+from pwkd_jax.training.ahead import compile_ahead
 from pwkd_jax.training.evaluation import Evaluator
 from pwkd_jax.training.non_finite import skipping
 from pwkd_jax.training.sandwich import sandwich_gradient
@@ -304,7 +305,9 @@ def train_teacher(
             return {}
         return {f"{name}_{slimmable.width_key(w)}": evaluator(net.members[w], v)["top1"] for w, v in judged.items()}
 
-    directory = directory and storage.path(directory, "directory")
+    directory, batches = directory and storage.path(directory, "directory"), task.batches(size, seed)
+    begun = directory and storage.saved_steps(directory / "checkpoints")  # it may have no step left
+    step = step if begun else compile_ahead(step, create.like, batches)
     state = create(seed, start)
     widest = net.extract(state.params, state.collections, net.widest)["params"]
     overview = parameter_overview.get_parameter_overview(widest)
@@ -322,7 +325,7 @@ def train_teacher(
     if directory:
         distributed.write(directory / "parameters.txt", overview + "\n")
     state, rows = loop.run(
-        directory, label, state, [loop.Segment(total, step, lambda s: s)], task.batches(size, seed), evaluate,
+        directory, label, state, [loop.Segment(total, step, lambda s: s)], batches, evaluate,
         cadence or loop.usual(total, -(-images // size)), images=images, batch_size=size, texts={"parameters": overview},
         profiled=profiled, callback=callback, held=functools.partial(task.held, size, seed),
     )  # fmt: skip

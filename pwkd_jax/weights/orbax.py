@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from pwkd_jax import storage
 from pwkd_jax.errors import UserError
@@ -47,6 +46,8 @@ def _trees(folder: Path) -> dict[str, Path]:
 
 
 def _tree(folder: Path, place: Path) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
     try:
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
             place = storage.absolute(place)
