@@ -20,6 +20,7 @@ if __name__ == "__main__":  # the imports below take seconds, in which there is 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell has put this in the background
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+    gc.set_threshold(100_000, 20, 20)  # imports, and later tracing, make millions of objects that stay
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -37,7 +38,6 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__)
         return 0
     logging.set_verbosity(logging.FATAL)  # TFDS and Orbax warn of what a user here cannot act on; what fails is raised too
-    gc.set_threshold(100_000, 20, 20)  # tracing makes millions of objects that stay
     try:
         compilation_cache.enable()
         host_memory.keep()

@@ -1,4 +1,4 @@
-"""A first step compiled while its state is made: once, for those that may, and a process that ends meanwhile ends as it would."""
+"""A first step compiled while its state is made: once, where it may be, and a process that ends meanwhile ends as it would."""
 
 import subprocess
 import sys

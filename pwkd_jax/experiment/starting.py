@@ -104,7 +104,10 @@ def _beside(path: Path, head: dict[Path, np.ndarray]) -> bool:
 
 def fixed(config: ConfigDict, facts: dict, who: str, model: nn.Module) -> tuple[str, ...]:
     """The parts that `who`.freeze names, for `training.freezing`; trunk: all but the classifier. Raises UserError."""
-    c, like = config[who], models.abstract(model, tuple(facts["image_shape"]))
+    c = config[who]
+    if not c.freeze:
+        return ()
+    like = models.abstract(model, tuple(facts["image_shape"]))
     head = _head(c, facts, model) if "trunk" in c.freeze else set()
     trunk = ["/".join(path[1:]) for path in flatten_dict(like) if path[0] == "params" and path not in head]
     norms = ["/".join(path[1:-1]) for path in flatten_dict(like) if path[0] == "batch_stats"]

@@ -53,6 +53,7 @@ def normalise(
     return _forward(x, scale, bias, epsilon, by_rows)[0]
 
 
+@partial(jax.jit, static_argnums=(3, 4), inline=True)  # traced once for all layers of a shape
 def _forward(x, scale, bias, epsilon, by_rows):
     count = x.size // x.shape[-1]
     mean, square = (total / count for total in sums(lambda x: (_float32(x), _float32(x) ** 2), x, by_rows=by_rows))
@@ -61,6 +62,7 @@ def _forward(x, scale, bias, epsilon, by_rows):
     return ((_float32(x) - mean) * (inverse * scale) + bias, mean, var), (x, scale, bias, mean, var)
 
 
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _backward(epsilon, by_rows, saved, cotangents):
     x, scale, bias, mean, var = saved
     cotangent, of_mean, of_var = cotangents

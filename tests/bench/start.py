@@ -20,23 +20,41 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 CHILD = """
-import json, os, sys, time
+import os, runpy, sys, time
+from importlib.machinery import PathFinder
 sys.path.insert(0, os.getcwd())
-from pwkd_jax import train
-from pwkd_jax.training import loop
 
-def fit(state, step, pipeline, *rest, fit=loop.fit, **options):
-    def first(at, *made):
-        jax.block_until_ready(made)
-        print(time.time())
-        sys.stdout.flush()
-        os._exit(0)
+class Watched(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name != "pwkd_jax.training.loop":
+            return None
+        spec = super().find_spec(name, path)
+        run = spec.loader.exec_module
 
-    import jax
-    return fit(state, step, pipeline, rest[0], (first,), *rest[2:], **options)
+        def exec_module(loop):
+            run(loop)
+            fit = loop.fit
 
-loop.fit = fit
-train.main(sys.argv[1:])
+            def until_first(state, step, pipeline, *rest, **options):
+                import jax
+
+                def first(at, *made):
+                    jax.block_until_ready(made)
+                    print(time.time())
+                    sys.stdout.flush()
+                    os._exit(0)
+
+                return fit(state, step, pipeline, rest[0], (first,), *rest[2:], **options)
+
+            loop.fit = until_first
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Watched)
+sys.argv[0] = "train"
+runpy.run_module("pwkd_jax.train", run_name="__main__", alter_sys=True)
 """
 
 
