@@ -4,6 +4,8 @@
     compiled   the same in PyTorch channels-last under torch.compile, with its fused optimiser
     autocast   that in bfloat16 (ours: --config.dtype=bfloat16), as the best user of a GPU has it
     slimmable  a step of the slimmable teacher: resnet32x4 at four widths, switchable batch norm, eager, float32
+    mobilenet  MobileNetV2, whose convolutions are depthwise, from labels alone, eager, float32
+    shufflenet ShuffleV2, likewise
 
 Also --steps (of a round, 2; on a GPU 100 or a multiple, for training makes so many in a dispatch there), --batch (64),
 --threads (0: a core each). Images of 32x32, 100 classes; the networks' parameters and multiply-accumulates must agree. Ours is
@@ -34,19 +36,21 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
-# row: (slimmable teacher or student, PyTorch compiled, dtype)
+# row: (teacher, student or none; a slimmable teacher itself has no student; PyTorch compiled; dtype)
 ROWS = {
-    "eager": (False, False, "float32"),
-    "compiled": (False, True, "float32"),
-    "autocast": (False, True, "bfloat16"),
-    "slimmable": (True, False, "float32"),
+    "eager": ("resnet32x4", "resnet8x4", False, "float32"),
+    "compiled": ("resnet32x4", "resnet8x4", True, "float32"),
+    "autocast": ("resnet32x4", "resnet8x4", True, "bfloat16"),
+    "slimmable": ("resnet32x4", "", False, "float32"),
+    "mobilenet": ("", "MobileNetV2", False, "float32"),
+    "shufflenet": ("", "ShuffleV2", False, "float32"),
 }
 
 
 class Ours:
     """run(n): n steps of training's own program, on batches of training's own pipeline."""
 
-    def __init__(self, batch: int, slimmable: bool, dtype: str):
+    def __init__(self, batch: int, teacher: str, student: str, dtype: str):
         import jax
         import numpy as np
 
@@ -58,7 +62,8 @@ class Ours:
 
         compilation_cache.enable()
         host_memory.keep()
-        c = config.load([f"--config={ROOT}/configs/cifar100.py", f"--config.dtype={dtype}"])[0]
+        names = [f"--config.{who}.model={name}" for who, name in (("teacher", teacher), ("student", student)) if name]
+        c = config.load([f"--config={ROOT}/configs/cifar100.py", f"--config.dtype={dtype}", *names])[0]
         c.teacher.batch_size = c.student.batch_size = batch
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (max(1024, batch), 32, 32, 3)).astype(np.uint8)
@@ -66,15 +71,17 @@ class Ours:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         s = definition.build(c, mesh, data.Dataset("drawn", split, split, 100))
         self.jax, self.batches, self.at = jax, s.batches(batch, 0), 0
-        if slimmable:
+        if not student:
             create, self.step = programs.teacher_step(s, "slimmable")
             model, self.frozen = s.teachers["slimmable"].members[1.0], {}
         else:
-            plan, model, net = s.plan("kd_standard"), s.student, s.teachers["standard"]
-            create, steps = programs.student_steps(s, plan, s.distillation("standard", (1.0,)))
-            self.step = steps[plan[0].widths]
-            teacher = net.members[1.0].init(jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32))
-            self.frozen = {"teacher": {1.0: s.place(teacher)}}
+            plan, model, net = s.plan("kd_standard" if teacher else "alone"), s.student, s.teachers["standard"]
+            distillation = s.distillation("standard", (1.0,)) if teacher else None
+            create, steps = programs.student_steps(s, plan, distillation)
+            self.step, self.frozen = steps[plan[0].widths], {"teacher": {}}
+            if teacher:
+                variables = net.members[1.0].init(jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32))
+                self.frozen = {"teacher": {1.0: s.place(variables)}}
         self.state = create(0, None)
         trained = sum(x.size for x in jax.tree.leaves(self.state.params))
         self.facts = {"parameters": trained, "macs": costs.macs(precision.plain(model), (32, 32, 3))}
@@ -92,16 +99,16 @@ def work(pipe, side: str, row: str, batch: int, threads: int) -> None:
     """A side's process: says what it is, then for each n that it is sent runs n steps and says (seconds, processor seconds)."""
     if threads:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    slimmable, compiled, dtype = ROWS[row]
+    teacher, student, compiled, dtype = ROWS[row]
     if side == "ours":
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is for both
-        runner = Ours(batch, slimmable, dtype)
+        runner = Ours(batch, teacher, student, dtype)
         known = {name: importlib.import_module(name).__version__ for name in ("jax", "jaxlib", "flax")}
         known["jax_device"] = runner.jax.devices()[0].device_kind
     else:
         import peers_torch
 
-        runner = peers_torch.Runner(batch, WIDTHS if slimmable else (), compiled, dtype, threads)
+        runner = peers_torch.Runner(batch, teacher, student, WIDTHS, compiled, dtype, threads)
         known = peers_torch.versions()
     runner.run(2)  # compiles, and again for what only the second step settles
     pipe.send((known, runner.facts))
@@ -167,7 +174,7 @@ def main(arguments: list[str]) -> None:
     cores = min(threads or os.cpu_count(), len(os.sched_getaffinity(0)))
     machine = {"processor": processor(), "cores": cores, "load": os.getloadavg()[0]}
     print(f"{machine['processor']}, {cores} cores, load {machine['load']:.1f}; batch {batch}, {count} rounds of {steps} steps")
-    print(f"{'row':<11}{'ours':>9}{'PyTorch':>10}   speed of ours, PyTorch's being 1       CPU")
+    print(f"{'row':<12}{'ours':>9}{'PyTorch':>10}   speed of ours, PyTorch's being 1       CPU")
     rows, known = [], {}
     for row in options.only.split(","):
         found, versions = measure(row, count, steps, batch, threads)
@@ -175,7 +182,7 @@ def main(arguments: list[str]) -> None:
         known |= versions
         ms = found["seconds_a_step"]
         ratios = ["{median:.2f}x ({least:.2f} to {most:.2f})".format(**found[k]) for k in ("speed", "cpu")]
-        print(f"{row:<11}{1e3 * ms['ours']:>6.0f} ms{1e3 * ms['torch']:>7.0f} ms   {ratios[0]:<37}{ratios[1]}", flush=True)
+        print(f"{row:<12}{1e3 * ms['ours']:>6.0f} ms{1e3 * ms['torch']:>7.0f} ms   {ratios[0]:<37}{ratios[1]}", flush=True)
     print(", ".join(f"{name} {value}" for name, value in known.items()))
     if options.json:
         command = " ".join(["python tests/bench/peers.py", *arguments])

@@ -4,9 +4,12 @@ The networks have the shapes of `pwkd_jax.models.resnet`; the slimmable one read
 norm of its own for each width.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peers_torch_depthwise import MobileNetV2, ShuffleV2
 from torch import nn
 
 CLASSES = 100
@@ -87,6 +90,14 @@ class ResNet(nn.Module):
         return self.classifier(x.mean((2, 3)))
 
 
+NETWORKS = {
+    "resnet8x4": partial(ResNet, 8),
+    "resnet32x4": partial(ResNet, 32),
+    "MobileNetV2": partial(MobileNetV2, CLASSES),
+    "ShuffleV2": partial(ShuffleV2, CLASSES),
+}
+
+
 def sgd(model: nn.Module, **options):
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, **options)
 
@@ -110,10 +121,13 @@ def facts(model: nn.Module) -> dict:
 class Runner:
     """run(n): n steps from batches of normalised float32 images that lie in host memory, as DataLoader's workers leave them."""
 
-    def __init__(self, batch: int, widths: tuple[float, ...], compiled: bool, dtype: str, threads: int):
+    def __init__(
+        self, batch: int, teacher: str, student: str, widths: tuple[float, ...], compiled: bool, dtype: str, threads: int
+    ):
+        """student: '' is a teacher of `widths` itself; one without teacher learns from labels."""
         torch.set_num_threads(threads or torch.get_num_threads())
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.cuda, self.compiled, self.widths = self.device.type == "cuda", compiled, widths
+        self.cuda, self.compiled, self.widths = self.device.type == "cuda", compiled, () if student else widths
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         if self.cuda and compiled:
             torch.backends.cudnn.benchmark = True
@@ -123,14 +137,16 @@ class Runner:
             images = torch.from_numpy(rng.standard_normal((batch, 3, 32, 32), np.float32))
             labels = torch.from_numpy(rng.integers(0, CLASSES, batch))
             self.batches.append((images.pin_memory(), labels.pin_memory()) if self.cuda else (images, labels))
-        self.model = self.make(ResNet(32, widths) if widths else ResNet(8))
+        self.model = self.make(NETWORKS[student]() if student else NETWORKS[teacher](widths))
         self.facts = facts(self.model)
         self.optimizer = sgd(self.model, fused=True) if compiled else sgd(self.model)
         self.forward = self.model.train()
-        if not widths:
-            self.teacher = self.make(ResNet(32)).eval().requires_grad_(False)
-            self.teach = torch.compile(self.teacher) if compiled else self.teacher
+        self.teach = None
+        if student:
             self.forward = torch.compile(self.model) if compiled else self.model
+        if student and teacher:
+            taught = self.make(NETWORKS[teacher]()).eval().requires_grad_(False)
+            self.teach = torch.compile(taught) if compiled else taught
 
     def make(self, model: nn.Module) -> nn.Module:
         model = model.to(self.device)
@@ -141,9 +157,9 @@ class Runner:
             images = images.contiguous(memory_format=torch.channels_last)
         with self.autocast:
             with torch.no_grad():
-                taught = self.teach(images)
-            logits = self.forward(images)
-        loss = kd_loss(logits.float(), taught.float(), labels)
+                taught = self.teach(images) if self.teach else None
+            logits = self.forward(images).float()
+        loss = F.cross_entropy(logits, labels) if taught is None else kd_loss(logits, taught.float(), labels)
         if not self.compiled:
             self.meter = loss.item(), (logits.argmax(1) == labels).float().mean().item()  # RepDistiller's meters, every step
         self.optimizer.zero_grad(set_to_none=True)
