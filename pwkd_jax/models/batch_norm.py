@@ -6,8 +6,9 @@ processor time (tests/bench/layers.py) of a loop over rows of pixels, which adds
 a core's cache holds a loop is not worth its compilation (`convolution.large`).
 """
 
+import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 
 import flax.linen as nn
 import jax
@@ -88,10 +89,13 @@ def sums(terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array, by_row
     if not by_rows:
         return tuple(jnp.sum(x, (0, 1, 2)) for x in terms(*arrays))
 
-    def add(totals, row):
-        return tuple(t + x for t, x in zip(totals, terms(*row), strict=True)), None
+    images, height, *row = arrays[0].shape
+    few = math.gcd(4, images * height)  # rows a turn, which by itself costs about as much as adding one
 
-    row = arrays[0].shape[2:]
+    def add(totals, rows):
+        each = [terms(*(some[i] for some in rows)) for i in range(few)]
+        return tuple(t + reduce(jnp.add, new) for t, *new in zip(totals, *each, strict=True)), None
+
     zeros = tuple(jnp.zeros(row, x.dtype) for x in jax.eval_shape(terms, *arrays))
-    totals, _ = lax.scan(add, zeros, tuple(x.reshape(-1, *row) for x in arrays))
+    totals, _ = lax.scan(add, zeros, tuple(x.reshape(-1, few, *row) for x in arrays))
     return tuple(jnp.sum(t, 0) for t in totals)

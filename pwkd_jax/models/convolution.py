@@ -62,8 +62,9 @@ def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padd
         pads.append((low, extent + stride * (count - 1) - whole - low, 0))
     if size == (1, 1):
         images = lax.pad(images, jnp.zeros((), dtype), ((0, 0, 0), *pads, (0, 0, 0)))
-        axes, images = (0, 1, 2), images[:, :: strides[0], :: strides[1]]
-        found = lax.dot_general(images, cotangent, ((axes, axes), ((), ())), preferred_element_type=jnp.float32)[None, None]
+        images = images[:, :: strides[0], :: strides[1]]
+        flat = (x.reshape(-1, x.shape[-1]) for x in (images, cotangent))  # summed over several axes they would be transposed
+        found = lax.dot_general(*flat, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)[None, None]
     else:
         images = lax.pad(_channels_first(images), jnp.zeros((), dtype), ((0, 0, 0), *pads, (0, 0, 0)))
         cotangent = cotangent.transpose(1, 2, 0, 3)
