@@ -114,7 +114,7 @@ def test_steps_are_compiled_for_the_faster_library():
 def test_a_compiler_without_the_option_is_not_told(monkeypatch):
     asked = compute.compiler_options.__wrapped__
     assert asked("tpu") == {}
-    monkeypatch.setattr(compute, "EIGEN", {"xla_cpu_never_heard_of": ""})
+    monkeypatch.setattr(compute, "SUMS_ALONE", {"xla_cpu_never_heard_of": ""})
     assert asked("cpu") == {}
 
 

@@ -1,14 +1,9 @@
 """Flax's batch norm of a batch, the same numbers to rounding, with its gradient in closed form: of two sums over the images,
-where the derivative of the formula as Flax has it takes three, and on a GPU more kernels (tests/bench/gpu_structure.py).
-
-On a CPU XLA takes such sums one channel after another, each through all of the memory: two to fourteen times the
-processor time (tests/bench/layers.py) of a loop over rows of pixels, which adds whole rows and reads it once. For images that
-a core's cache holds a loop is not worth its compilation (`convolution.large`).
+where the derivative of the formula as Flax has it takes three, and on a GPU more kernels (tests/bench/gpu_structure.py). What
+is computed of each pixel is one product and one sum, so that no array is centred first.
 """
 
-import math
-from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -32,11 +27,10 @@ def serves(layer: nn.BatchNorm, x: jax.Array, use_running_average: bool | None =
     return bool(usual and known and summed)
 
 
-def train(layer: nn.BatchNorm, x: jax.Array, by_rows: bool) -> jax.Array:
-    """The layer on x [B, H, W, C], its running statistics moved, as its own call does with `use_running_average=False`.
-    by_rows: whether a CPU sums as in `sums`."""
+def train(layer: nn.BatchNorm, x: jax.Array) -> jax.Array:
+    """The layer on x [B, H, W, C], its running statistics moved, as its own call does with `use_running_average=False`."""
     scale, bias = (nn.meta.unbox(layer.get_variable("params", name)) for name in ("scale", "bias"))
-    out, *moments = normalise(x, scale, bias, layer.epsilon, by_rows)
+    out, *moments = normalise(x, scale, bias, layer.epsilon)
     out = out.astype(layer.dtype or jnp.result_type(x, scale, bias))
     for name, new in zip(("mean", "var"), moments, strict=True):
         old = layer.get_variable("batch_stats", name)
@@ -44,36 +38,39 @@ def train(layer: nn.BatchNorm, x: jax.Array, by_rows: bool) -> jax.Array:
     return out
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def normalise(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, by_rows: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, H, W, C] by its mean and variance over all but channels, times scale [C], plus bias [C]; mean [C]; variance [C],
     biased, as E[x^2] - E[x]^2. All in float32, from float32 or bfloat16. Ioffe and Szegedy 2015. Differentiated in reverse
     mode alone."""
-    return _forward(x, scale, bias, epsilon, by_rows)[0]
+    return _forward(x, scale, bias, epsilon)[0]
 
 
-@partial(jax.jit, static_argnums=(3, 4), inline=True)  # traced once for all layers of a shape
-def _forward(x, scale, bias, epsilon, by_rows):
+@partial(jax.jit, static_argnums=3, inline=True)  # traced once for all layers of a shape
+def _forward(x, scale, bias, epsilon):
     count = x.size // x.shape[-1]
-    mean, square = (total / count for total in sums(lambda x: (_float32(x), _float32(x) ** 2), x, by_rows=by_rows))
+    mean, square = (_sum(y) / count for y in (_float32(x), _float32(x) ** 2))
     var = jnp.maximum(0.0, square - mean * mean)
-    inverse = lax.rsqrt(var + epsilon)
-    return ((_float32(x) - mean) * (inverse * scale) + bias, mean, var), (x, scale, bias, mean, var)
+    by_out = lax.rsqrt(var + epsilon) * scale
+    return (_float32(x) * by_out + (bias - mean * by_out), mean, var), (x, scale, bias, mean, var)
 
 
-@partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _backward(epsilon, by_rows, saved, cotangents):
+@partial(jax.jit, static_argnums=0, inline=True)
+def _backward(epsilon, saved, cotangents):
     x, scale, bias, mean, var = saved
     cotangent, of_mean, of_var = cotangents
     count, inverse = x.size // x.shape[-1], lax.rsqrt(var + epsilon)
-    by_bias, product = sums(lambda g, x: (g, g * (_float32(x) - mean)), cotangent, x, by_rows=by_rows)
-    by_scale, by_out = product * inverse, inverse * scale
+    by_bias = _sum(cotangent)
+    by_scale = (_sum(cotangent * _float32(x)) - mean * by_bias) * inverse
+    by_out = inverse * scale
     # Of the moments come zeros, where nothing but the running statistics reads them.
     by_centred = (jnp.where(var > 0, of_var * 2, 0) - by_out * inverse * by_scale) / count
-    by_x = cotangent * by_out + (_float32(x) - mean) * by_centred + (of_mean - by_out * by_bias) / count
+    by_x = cotangent * by_out + _float32(x) * by_centred + ((of_mean - by_out * by_bias) / count - mean * by_centred)
     return by_x.astype(x.dtype), by_scale.astype(scale.dtype), by_bias.astype(bias.dtype)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, (0, 1, 2))
 
 
 def _float32(x: jax.Array) -> jax.Array:
@@ -81,21 +78,3 @@ def _float32(x: jax.Array) -> jax.Array:
 
 
 normalise.defvjp(_forward, _backward)
-
-
-def sums(terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array, by_rows: bool) -> tuple[jax.Array, ...]:
-    """The arrays `terms(*arrays)`, of the arrays' own shape [B, H, W, C], summed over all but channels: [C] each."""
-
-    if not by_rows:
-        return tuple(jnp.sum(x, (0, 1, 2)) for x in terms(*arrays))
-
-    images, height, *row = arrays[0].shape
-    few = math.gcd(4, images * height)  # rows a turn, which by itself costs about as much as adding one
-
-    def add(totals, rows):
-        each = [terms(*(some[i] for some in rows)) for i in range(few)]
-        return tuple(t + reduce(jnp.add, new) for t, *new in zip(totals, *each, strict=True)), None
-
-    zeros = tuple(jnp.zeros(row, x.dtype) for x in jax.eval_shape(terms, *arrays))
-    totals, _ = lax.scan(add, zeros, tuple(x.reshape(-1, few, *row) for x in arrays))
-    return tuple(jnp.sum(t, 0) for t in totals)

@@ -14,9 +14,10 @@ import jax
 
 from pwkd_jax.models import batch_norm, convolution
 
-# jaxlib since 0.10 gives convolutions and products to YNNPACK, which takes one core for most of them and twice as long
-# (tests/bench/layers.py); with this Eigen has them back.
-EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# jaxlib since 0.10 gives convolutions, products and sums to YNNPACK, which takes one core for most of the first and twice as
+# long (tests/bench/layers.py); with this Eigen has them back. Sums stay there: XLA's own take one channel after another, each
+# through all of the memory, and so many times as long.
+SUMS_ALONE = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 _own = contextvars.ContextVar("own", default=True)
 _innermost = contextvars.ContextVar("innermost", default=None)
@@ -43,8 +44,7 @@ def layers():
         if context.method_name != "__call__" or _innermost.get() is not intercept:
             return call(*args, **kwargs)
         if type(layer) is nn.BatchNorm and batch_norm.serves(layer, *args, **kwargs):
-            images = args[0] if args else kwargs["x"]
-            return batch_norm.train(layer, images, by_rows=here and convolution.large(images))
+            return batch_norm.train(layer, args[0] if args else kwargs["x"])
         if not here or not isinstance(layer, nn.Conv) or layer.conv_general_dilated is not None:
             return call(*args, **kwargs)
         # A layer is a frozen dataclass that may belong to the user, so it is left as it was.
@@ -64,11 +64,11 @@ def layers():
 
 @functools.cache
 def compiler_options(platform: str) -> dict[str, str]:
-    """What `jax.jit` is to tell the compiler of `platform`: nothing but on a CPU, and where its jaxlib knows EIGEN."""
+    """What `jax.jit` is to tell the compiler of `platform`: nothing but on a CPU, and where its jaxlib knows SUMS_ALONE."""
     if platform != "cpu":
         return {}
     try:
-        jax.jit(lambda: 0, compiler_options=EIGEN).lower().compile()
+        jax.jit(lambda: 0, compiler_options=SUMS_ALONE).lower().compile()
     except jax.errors.JaxRuntimeError:
         return {}
-    return EIGEN
+    return SUMS_ALONE

@@ -59,18 +59,23 @@ def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padd
     (h = w = 1) a product."""
     made, pads, dtype = cotangent.shape[1:3], [], images.dtype
     for whole, (low, _), stride, extent, count in zip(images.shape[1:3], padding, strides, size, made, strict=True):
-        pads.append((low, extent + stride * (count - 1) - whole - low, 0))
+        pads.append((low, extent + stride * (count - 1) - whole - low))
     if size == (1, 1):
-        images = lax.pad(images, jnp.zeros((), dtype), ((0, 0, 0), *pads, (0, 0, 0)))
+        images = _pad(images, pads)
         images = images[:, :: strides[0], :: strides[1]]
         flat = (x.reshape(-1, x.shape[-1]) for x in (images, cotangent))  # summed over several axes they would be transposed
         found = lax.dot_general(*flat, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)[None, None]
     else:
-        images = lax.pad(_channels_first(images), jnp.zeros((), dtype), ((0, 0, 0), *pads, (0, 0, 0)))
-        cotangent = cotangent.transpose(1, 2, 0, 3)
-        found = lax.conv_general_dilated(images, cotangent, (1, 1), "VALID", rhs_dilation=strides, dimension_numbers=NUMBERS,
+        images, cotangent = _channels_first(images), cotangent.transpose(1, 2, 0, 3)
+        if min(min(pads)) < 0:
+            images, pads = _pad(images, pads), "VALID"
+        found = lax.conv_general_dilated(images, cotangent, (1, 1), pads, rhs_dilation=strides, dimension_numbers=NUMBERS,
                                          preferred_element_type=jnp.float32).transpose(1, 2, 0, 3)  # fmt: skip
     return found.astype(dtype)
+
+
+def _pad(images: jax.Array, pads) -> jax.Array:
+    return lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)))
 
 
 def large(images: jax.Array) -> bool:
@@ -82,13 +87,14 @@ def _channels_first(images: jax.Array) -> jax.Array:
     """[B, H, W, C] as [C, H, W, B], large ones row by row. In one transpose XLA would compute the images anew, from whatever
     layers it can go back to, and read all of their outputs against the order of memory; a loop is given the images as they
     are. An optimization barrier would not do: XLA's CPU compiler drops it first (findings/cpu_barrier_stops_no_fusion.sh)."""
-
-    def row(y):
-        return lax.dynamic_index_in_dim(images, y, 1, keepdims=False).transpose(2, 1, 0)
-
     if not large(images):
         return images.transpose(3, 1, 2, 0)
-    return lax.map(row, jnp.arange(images.shape[1])).transpose(1, 0, 2, 3)
+    count, height, width, channels = images.shape
+
+    def row(y):  # XLA transposes two axes in half the time of three
+        return lax.dynamic_index_in_dim(images, y, 1, keepdims=False).reshape(count, width * channels).T
+
+    return lax.map(row, jnp.arange(height)).reshape(height, width, channels, count).transpose(2, 0, 1, 3)
 
 
 def _with(plain: Callable, forward: Callable, by_images: Callable, by_kernel: Callable) -> Callable:
