@@ -30,8 +30,10 @@ def layers(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, int]:
             seen.append(path[0])
         return run(*args, **kwargs)
 
+    variables = models.abstract(model, image_shape)
     with nn.intercept_methods(watch):
-        params = models.abstract(model, image_shape)["params"]
+        models.traced(model, variables, image_shape, train=False)
+    params = variables["params"]
     number, found = -1, dict.fromkeys(params, 0)
     for name in (n for n in seen if n in params):
         number += any(leaf.ndim >= 2 for leaf in jax.tree.leaves(params[name]))
