@@ -223,3 +223,25 @@ def test_zero_gamma_makes_every_block_the_identity_branch():
     model = models.create("resnet8", zero_gamma=True)
     variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
     assert all(not np.any(variables["params"][f"stage{s}_block1"]["bn2"]["scale"]) for s in (1, 2, 3))
+
+
+def test_shapes_are_found_once_and_are_the_askers_own():
+    runs = []
+
+    class Watched(type(models.create("resnet8"))):
+        def __call__(self, x, train=False, start=0):
+            runs.append(self)
+            return super().__call__(x, train, start)
+
+    model = Watched((1, 1, 1), num_classes=4)
+    first = models.abstract(model, (8, 8, 3))
+    count = len(runs)
+    first["params"].clear()
+    second = models.abstract(model, [8, 8, 3])
+    assert count and len(runs) == count and second["params"]
+    assert models.abstract(model, (16, 16, 3)) and len(runs) > count
+    listed = Watched((1, 1, 1), num_classes=4)
+    object.__setattr__(listed, "blocks", [1, 1, 1])
+    with pytest.raises(TypeError):
+        hash(listed)
+    assert jax.tree.map(jnp.shape, models.abstract(listed, (8, 8, 3))) == jax.tree.map(jnp.shape, second)
