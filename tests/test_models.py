@@ -245,3 +245,12 @@ def test_shapes_are_found_once_and_are_the_askers_own():
     with pytest.raises(TypeError):
         hash(listed)
     assert jax.tree.map(jnp.shape, models.abstract(listed, (8, 8, 3))) == jax.tree.map(jnp.shape, second)
+
+
+@pytest.mark.parametrize("name", ("resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2", "vit_small_patch4"))
+def test_outputs_of_many_images_have_the_shapes_of_one(name):
+    model, images = models.create(name, width=0.5, num_classes=7), jax.ShapeDtypeStruct((3, 32, 32, 3), jnp.float32)
+    out = jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], models.abstract(model, (32, 32, 3)), images)
+    found = costs.outputs(model, (32, 32, 3), 3)
+    assert jax.tree.structure(found) == jax.tree.structure(out)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(found)] == [(x.shape, x.dtype) for x in jax.tree.leaves(out)]

@@ -234,8 +234,7 @@ def fit(
     def outputs(model: nn.Module, train: bool = False) -> models.Outputs:
         variables = models.abstract(model, image_shape)
         if models.ours(model):  # traced once, for its cost too
-            one = costs.evaluated(model, tuple(image_shape))[1]
-            out = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), one)
+            out = costs.outputs(model, image_shape, batch_size)
         else:
             out = jax.eval_shape(lambda v, x: models.apply(model, v, x, train=False)[0], variables, batch["image"])
         return again.attach(out, model, variables, train) if reruns(distiller) else out

@@ -35,6 +35,13 @@ def evaluated(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[jax.exten
     return program.jaxpr, out
 
 
+def outputs(model: nn.Module, image_shape: tuple[int, ...], count: int) -> models.Outputs:
+    """Outputs of a model of this package for so many images [H, W, C] in evaluation, as ShapeDtypeStructs."""
+    one = evaluated(model, tuple(image_shape))[1]
+    found = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), one)
+    return found._replace(head=one.head, norms=one.norms)  # parameters, which are of no image
+
+
 def _count(jaxpr) -> int:
     total = 0
     for eqn in jaxpr.eqns:
