@@ -101,14 +101,17 @@ def test_loops_have_no_convolution_that_is_slow_there(dtype):
 
 
 def test_steps_are_compiled_for_the_faster_library():
-    """Neither library is named in a program but YNNPACK, so its name is what may not be there."""
+    """Neither library is named in a program but YNNPACK, whose name stands with sums and may not stand with convolutions."""
     images, kernel = jnp.zeros((64, 32, 32, 64)), jnp.zeros((3, 3, 64, 64))
 
     def step(state, images):
         return lax.conv_general_dilated(images, state, (1, 1), "SAME", dimension_numbers=convolution.NUMBERS), {}
 
-    compiled = sharding.jit_step(sharding.make_mesh(devices=jax.devices()[:1]), step).lower(kernel, images).compile()
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    compiled = sharding.jit_step(mesh, step).lower(kernel, images).compile()
     assert "convolution" in compiled.as_text() and "ynn" not in compiled.as_text()
+    summed = sharding.jit_step(mesh, lambda state, images: (state, jnp.sum(images, (0, 1, 2)))).lower(kernel, images).compile()
+    assert "ynn" in summed.as_text()
 
 
 def test_a_compiler_without_the_option_is_not_told(monkeypatch):

@@ -3,7 +3,7 @@
 XLA allocates a step's temporary arrays anew each time, and glibc maps memory of that size from the kernel and gives it back, so
 that every step meets a page fault for each 4 KiB of them (tests/test_host_memory.py counts them). What the threads of a
 convolution take for themselves glibc still maps, where it is more than 64 MiB. With a single arena (MALLOC_ARENA_MAX=1) it
-would not, but then all threads wait for each other: compiling takes half as long again, and small networks' steps too.
+would not, but then all threads wait for each other, those that compile and those of small networks' steps most.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn carries, without its import, which takes a hundred times as long as reading them."""
+"""The handwritten digits that scikit-learn carries, without its import, which takes far longer than reading them."""
 
 import importlib.util
 from pathlib import Path

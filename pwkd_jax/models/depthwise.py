@@ -21,7 +21,7 @@ def plain(images, kernel, strides, padding) -> jax.Array:
 
 def forward(images: jax.Array, kernel: jax.Array, strides, padding) -> jax.Array:
     """The same as `plain`. padding: ((low, high), (low, high)). Summed in float32, returned in the images' dtype."""
-    images = _pad(images, ((*p, 0) for p in padding))
+    images = pad(images, ((*p, 0) for p in padding))
     made = [(whole - size) // stride + 1 for whole, size, stride in zip(images.shape[1:3], kernel.shape, strides, strict=False)]
     taps = kernel.astype(jnp.float32).reshape(-1, kernel.shape[-1])
     windows = _windows(images, kernel.shape[:2], made, strides)
@@ -34,13 +34,13 @@ def image_gradient(kernel: jax.Array, cotangent: jax.Array, size, strides, paddi
     for whole, (low, _), stride, extent, made in zip(size, padding, strides, kernel.shape, cotangent.shape[1:], strict=False):
         before = extent - 1 - low
         pads.append((before, whole + extent - 1 - before - (1 + stride * (made - 1)), stride - 1))
-    return forward(_pad(cotangent, pads), kernel[::-1, ::-1], (1, 1), ((0, 0), (0, 0)))
+    return forward(pad(cotangent, pads), kernel[::-1, ::-1], (1, 1), ((0, 0), (0, 0)))
 
 
 def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padding) -> jax.Array:
     """sum over images and pixels of patch * cotangent, [h, w, 1, C] of `size` (h, w); of one image at a time, so that sums are
     over rows of [width, channels] that the processor takes as vectors."""
-    images = _pad(images, ((*p, 0) for p in padding))
+    images = pad(images, ((*p, 0) for p in padding))
     made, width, count = cotangent.shape[1:]
 
     def add(totals, one):
@@ -52,7 +52,7 @@ def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padd
     return jnp.stack([jnp.sum(t, 0) for t in totals]).reshape(*size, 1, count).astype(images.dtype)
 
 
-def _pad(images: jax.Array, pads) -> jax.Array:
+def pad(images: jax.Array, pads) -> jax.Array:
     return lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), *pads, (0, 0, 0)))
 
 
