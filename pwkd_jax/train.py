@@ -30,7 +30,7 @@ from pwkd_jax.cost import compilation_cache, host_memory
 from pwkd_jax.errors import UserError, run_command
 from pwkd_jax.experiment import fingerprint, run
 from pwkd_jax.reporting import summary
-from pwkd_jax.training import distributed, preemption
+from pwkd_jax.training import ahead, distributed, preemption
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,6 +85,8 @@ def _command() -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     code = main(sys.argv[1:])
     sys.stdout.flush()
+    if code == 130 and ahead.compiling():  # nothing is being saved, and it may take minutes
+        os._exit(code)
     if code == 2 and not distributed.several():
         os._exit(code)  # threads of a save that failed would have more to say
     for number in heard:  # all is done and said

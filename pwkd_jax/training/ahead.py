@@ -9,6 +9,13 @@ import jax
 from pwkd_jax.training.dispatch import Resident
 from pwkd_jax.training.state import State
 
+NAME = "compile-ahead"
+
+
+def compiling() -> bool:
+    """Whether such a thread is at work, for which Python waits when it ends."""
+    return any(thread.name == NAME for thread in threading.enumerate())
+
 
 def compile_ahead(step: Callable, like: State, batches: Callable) -> Callable:
     """`step`, which is compiled for (like, batches(0)) by a thread meanwhile; its first call waits for that.
@@ -24,7 +31,7 @@ def compile_ahead(step: Callable, like: State, batches: Callable) -> Callable:
         with contextlib.suppress(Exception):  # it comes again where the step is called
             lowered.compile()
 
-    thread = threading.Thread(target=run)  # no daemon: a process that ends while a thread of Python compiles is aborted
+    thread = threading.Thread(target=run, name=NAME)  # no daemon: a process that ends while a thread of Python compiles is aborted
     thread.start()
 
     def wait(*args, **frozen):
