@@ -31,7 +31,7 @@ def compile_ahead(step: Callable, like: State, batches: Callable) -> Callable:
         with contextlib.suppress(Exception):  # it comes again where the step is called
             lowered.compile()
 
-    thread = threading.Thread(target=run, name=NAME)  # no daemon: a process that ends while a thread of Python compiles is aborted
+    thread = threading.Thread(target=run, name=NAME)  # no daemon: a process that ends while one compiles is aborted
     thread.start()
 
     def wait(*args, **frozen):
