@@ -4,7 +4,9 @@ XLA hands a convolution to Eigen, as fast as PyTorch's, where it finds [images, 
 width, in, out] with no axis out of place. The gradients are convolutions too, the images' by the kernel turned around, the
 kernel's of the images by the output's gradient, but JAX leaves their axes where they are. XLA puts them in place, but in a
 program's main computation alone: within loops and branches (several steps a dispatch, drawn widths) it is many times
-slower, which is jax issue 12868. Here they are put in place from the start. Depthwise convolutions are in depthwise.py.
+slower, which is jax issue 12868. Here they are put in place from the start. Where the images are smaller than the kernel (2x2
+pixels under 3x3) XLA exchanges the two, and what comes of that it has no library for: those are products of patches here
+(findings/cpu_small_maps_lose_eigen.sh). Depthwise convolutions are in depthwise.py.
 """
 
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from pwkd_jax.models import depthwise
 
 LARGE = 2**20  # bytes
 NUMBERS = ("NHWC", "HWIO", "NHWC")
+ROWS = (((0,), (0,)), ((), ()))  # a product over rows, for `lax.dot_general`
 # What a convolution may be told and still be one of these.
 NEUTRAL = {"lhs_dilation": 1, "rhs_dilation": 1, "feature_group_count": 1, "batch_group_count": 1, "precision": None,
            "preferred_element_type": None}  # fmt: skip
@@ -32,12 +35,36 @@ def convolve(images: jax.Array, kernel: jax.Array, window_strides, padding, **op
         return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], window_strides, padding)
-    own = _depthwise if each else _dense
+    own = _depthwise if each else _dense if fits(images, kernel.shape) else _small
     return own(images, kernel, tuple(window_strides), tuple(map(tuple, padding)))
 
 
 def _plain(images, kernel, strides, padding):
     return lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=NUMBERS)
+
+
+def fits(images: jax.Array, size) -> bool:
+    """Whether images [B, H, W, C] have as many pixels as a kernel of `size` (h, w, ...), so that the two are not exchanged."""
+    return images.shape[1] * images.shape[2] >= size[0] * size[1]
+
+
+def _patches(images: jax.Array, size, strides, padding) -> jax.Array:
+    """What each pixel of the output is computed from, a row each: [B * H' * W', h * w * C]."""
+    images = depthwise.pad(images, ((*p, 0) for p in padding))
+    count, height, width, channels = images.shape
+    top, left = (np.arange(0, whole - k + 1, s) for whole, k, s in zip((height, width), size, strides, strict=True))
+    at = np.add.outer(np.add.outer(top * width, left), np.add.outer(np.arange(size[0]) * width, np.arange(size[1])))
+    found = images.reshape(count, height * width, channels).at[:, at.ravel()].get(mode="promise_in_bounds")
+    return found.reshape(count * len(top) * len(left), -1)
+
+
+def _product(images, kernel, strides, padding):
+    """The same as `_plain`."""
+    sides = zip(images.shape[1:3], padding, kernel.shape, strides, strict=False)
+    made = [(whole + sum(p) - extent) // stride + 1 for whole, p, extent, stride in sides]
+    patches = _patches(images, kernel.shape[:2], strides, padding)
+    found = lax.dot(patches, kernel.reshape(-1, kernel.shape[-1]), preferred_element_type=jnp.float32)
+    return found.reshape(-1, *made, kernel.shape[-1]).astype(images.dtype)
 
 
 def image_gradient(kernel: jax.Array, cotangent: jax.Array, size, strides, padding) -> jax.Array:
@@ -48,6 +75,9 @@ def image_gradient(kernel: jax.Array, cotangent: jax.Array, size, strides, paddi
         before = extent - 1 - low
         pads.append((before, whole + extent - 1 - before - (1 + stride * (made - 1))))
     kernel = lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)
+    if not fits(cotangent, kernel.shape):
+        apart = depthwise.pad(cotangent, ((*p, stride - 1) for p, stride in zip(pads, strides, strict=True)))
+        return _product(apart, kernel, (1, 1), ((0, 0), (0, 0)))
     return lax.conv_general_dilated(cotangent, kernel, (1, 1), pads, lhs_dilation=strides, dimension_numbers=NUMBERS)
 
 
@@ -56,17 +86,20 @@ def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padd
     of `size` (h, w) give [h, w, C, D]. Summed in float32, returned in the images' dtype.
 
     A convolution in which channels are the images, [C, H, W, B], and the cotangent is the kernel, [H', W', B, D]; of one pixel
-    (h = w = 1) a product."""
+    (h = w = 1), and for images smaller than the kernel, a product."""
     made, pads, dtype = cotangent.shape[1:3], [], images.dtype
     for whole, (low, _), stride, extent, count in zip(images.shape[1:3], padding, strides, size, made, strict=True):
         pads.append((low, extent + stride * (count - 1) - whole - low))
-    if size == (1, 1):
+    if not fits(images, size):
+        flat = _patches(images, size, strides, padding), cotangent.reshape(-1, cotangent.shape[-1])
+        found = lax.dot_general(*flat, ROWS, preferred_element_type=jnp.float32).reshape(*size, images.shape[-1], -1)
+    elif size == (1, 1):
         images = depthwise.pad(images, ((*p, 0) for p in pads))
         images = images[:, :: strides[0], :: strides[1]]
         flat = (x.reshape(-1, x.shape[-1]) for x in (images, cotangent))  # summed over several axes they would be transposed
-        found = lax.dot_general(*flat, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)[None, None]
+        found = lax.dot_general(*flat, ROWS, preferred_element_type=jnp.float32)[None, None]
     else:
-        images, cotangent = _channels_first(images), cotangent.transpose(1, 2, 0, 3)
+        images, cotangent = _moved(images, cotangent)
         if min(min(pads)) < 0:
             images, pads = depthwise.pad(images, ((*p, 0) for p in pads)), "VALID"
         found = lax.conv_general_dilated(images, cotangent, (1, 1), pads, rhs_dilation=strides, dimension_numbers=NUMBERS,
@@ -74,23 +107,19 @@ def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padd
     return found.astype(dtype)
 
 
-def large(images: jax.Array) -> bool:
-    """Whether to go through them row by row: more than a core's cache holds, and so worth a loop's compilation."""
-    return images.size * images.dtype.itemsize >= LARGE
+def _moved(images: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, H, W, C] as [C, H, W, B], and [B, H', W', D] as [H', W', B, D]; large ones within a branch. By themselves XLA would
+    compute the arrays anew, from whatever layers it can go back to, and read all of their outputs against the order of memory;
+    a branch is given the arrays as they are. An optimization barrier would not do: XLA's CPU compiler drops it first
+    (findings/cpu_barrier_stops_no_fusion.sh)."""
 
+    def move(images, cotangent):
+        return images.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3)
 
-def _channels_first(images: jax.Array) -> jax.Array:
-    """[B, H, W, C] as [C, H, W, B], large ones row by row. In one transpose XLA would compute the images anew, from whatever
-    layers it can go back to, and read all of their outputs against the order of memory; a loop is given the images as they
-    are. An optimization barrier would not do: XLA's CPU compiler drops it first (findings/cpu_barrier_stops_no_fusion.sh)."""
-    if not large(images):
-        return images.transpose(3, 1, 2, 0)
-    count, height, width, channels = images.shape
-
-    def row(y):  # XLA transposes two axes sooner than three
-        return lax.dynamic_index_in_dim(images, y, 1, keepdims=False).reshape(count, width * channels).T
-
-    return lax.map(row, jnp.arange(height)).reshape(height, width, channels, count).transpose(2, 0, 1, 3)
+    if images.size * images.dtype.itemsize < LARGE:  # a core's cache holds them
+        return move(images, cotangent)
+    either = images.ravel()[0] == 0  # which way is the same, and not known before
+    return lax.cond(either, move, move, images, cotangent)
 
 
 def _with(plain: Callable, forward: Callable, by_images: Callable, by_kernel: Callable) -> Callable:
@@ -118,5 +147,6 @@ def _with(plain: Callable, forward: Callable, by_images: Callable, by_kernel: Ca
 
 
 _dense = _with(_plain, _plain, image_gradient, kernel_gradient)
+_small = _with(_plain, _product, image_gradient, kernel_gradient)
 _depthwise = _with(depthwise.plain, depthwise.forward, depthwise.image_gradient, depthwise.kernel_gradient)
 

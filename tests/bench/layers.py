@@ -1,7 +1,7 @@
 """Layers on a CPU, ours beside XLA's and Flax's own: python tests/bench/layers.py [--rounds=N] [--json=FILE]
 
-The convolutions of resnet8x4 and resnet32x4, and some depthwise ones (a group each channel), on 64 images of 32x32 or what is
-left of them: forward and with respect to images and kernel, in one program's main computation; then batch norm of a batch, by
+The convolutions of resnet8x4 and resnet32x4, one of a map smaller than its kernel, and some depthwise ones (a group each
+channel), on 64 images of 32x32 or what is left of them: forward and with respect to images and kernel, in one program's main computation; then batch norm of a batch, by
 itself and with all its gradients. The other side is what JAX and Flax give by themselves, ours has models/convolution.py,
 models/batch_norm.py and the compiler options of models/compute.py. Milliseconds of processor time and, behind the stroke, of
 the clock, the least of the rounds, which take turns; other load on the machine disturbs the first less.
@@ -29,6 +29,7 @@ BATCH = 64
 SHAPES = (
     (3, 32, 32, 3, 1, 1), (32, 64, 32, 3, 1, 1), (64, 64, 32, 3, 1, 1), (32, 64, 32, 1, 1, 1), (64, 128, 32, 3, 2, 1),
     (128, 128, 16, 3, 1, 1), (64, 128, 32, 1, 2, 1), (128, 256, 16, 3, 2, 1), (256, 256, 8, 3, 1, 1),
+    (512, 512, 2, 3, 1, 1),
     (48, 48, 16, 3, 1, 48), (58, 58, 16, 3, 1, 58), (96, 96, 8, 3, 1, 96), (48, 48, 16, 3, 2, 48), (480, 480, 4, 3, 1, 480),
 )  # fmt: skip
 
