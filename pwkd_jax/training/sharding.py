@@ -87,8 +87,8 @@ def creator(mesh: Mesh, make: Callable, how: str, *like, layout: Callable | None
     shapes = jax.eval_shape(lambda *like: like, *like)
     made = jax.jit(make).eval_shape(*abstract(shapes, shardings(mesh, shapes, how)))  # a trace that the call finds again
     layout = layout(made) if layout else shardings(mesh, made, how)
-    # This runs once: LLVM's first level, in place of its last, gives the same bits sooner (tests/bench/start.py).
-    sooner = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
+    # This runs once, so that what LLVM's higher levels would save is less than they take (tests/bench/start.py).
+    sooner = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     compiled = jax.jit(make, out_shardings=layout, compiler_options=sooner)
 
     def create(*args):
