@@ -18,7 +18,6 @@ FAR = 64
 
 def check(model: nn.Module, image_shape: tuple[int, ...]) -> None:
     """UserError, naming sizes that fit, where a model of this package cannot use images [H, W, C]."""
-    model = model.clone(width=1.0)  # strides and windows are those of every width
     fault, step = faults(model, image_shape)
     if not fault:
         return
