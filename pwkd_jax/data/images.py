@@ -149,9 +149,8 @@ def train_image(
         image = _decode_part(encoded, (height, width), _reduction(h, w, size), top, left, h, w)
     else:
         image = image[top : top + h, left : left + w]
-    if flip and numbers[40] < 0.5:  # mirrored last, when it is smallest
-        return opencv().flip(resize(image, size, size, fast=True), 1, out)
-    return resize(image, size, size, fast=True, out=out)
+    image = resize(image, size, size, fast=True, out=out)
+    return opencv().flip(image, 1, image) if flip and numbers[40] < 0.5 else image  # last, when it is smallest and at hand
 
 
 def test_image(encoded: bytes, size: int, shorter: int, pixel_range: tuple[float, ...] = ()) -> np.ndarray:
