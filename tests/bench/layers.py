@@ -1,10 +1,11 @@
 """Layers on a CPU, ours beside XLA's and Flax's own: python tests/bench/layers.py [--rounds=N] [--json=FILE]
 
 The convolutions of resnet8x4 and resnet32x4, one of a map smaller than its kernel, and some depthwise ones (a group each
-channel), on 64 images of 32x32 or what is left of them: forward and with respect to images and kernel, in one program's main computation; then batch norm of a batch, by
-itself and with all its gradients. The other side is what JAX and Flax give by themselves, ours has models/convolution.py,
-models/batch_norm.py and the compiler options of models/compute.py. Milliseconds of processor time and, behind the stroke, of
-the clock, the least of the rounds, which take turns; other load on the machine disturbs the first less.
+channel), on 64 images of 32x32 or what is left of them: forward and with respect to images and kernel, in one program's main
+computation; then batch norm of a batch, by itself and with all its gradients. The other side is what JAX and Flax give by
+themselves, ours has models/convolution.py, models/batch_norm.py and the compiler options of models/compute.py. Milliseconds of
+processor time and, behind the stroke, of the clock, the least of the rounds, which take turns; other load on the machine
+disturbs the first less.
 """
 
 import argparse
