@@ -1,5 +1,6 @@
 """A first step compiled while its state is made: once, where it may be, and a process that ends meanwhile ends as it would."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from pwkd_jax import data
-from pwkd_jax.training import ahead, dispatch, sharding
+from pwkd_jax.training import ahead, dispatch, distributed, preemption, sharding
 
 SLOW = """
 import sys, jax, jax.numpy as jnp, numpy as np
@@ -82,3 +83,20 @@ def test_a_failure_is_the_steps_own(mesh, batches):
 def test_a_process_that_ends_meanwhile_says_its_own_code():
     done = subprocess.run([sys.executable, "-c", SLOW], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_a_signal_while_a_later_first_step_is_compiled_is_answered_in_seconds(monkeypatch):
+    """The main thread waits for the thread, and looked at signals before: in another teacher's training."""
+    left, over, done = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(preemption, "_GRACE", 0.5)
+    monkeypatch.setattr(preemption._Notice, "agreed", False)
+    monkeypatch.setattr(preemption.os, "_exit", lambda code: (left.append(code), over.set()))
+    watch = threading.Thread(target=preemption._leave_idle, args=(signal.SIGTERM, over, preemption._Notice.looked - 1))
+    compiling = threading.Thread(target=done.wait, args=(30,), name=ahead.NAME)
+    watch.start()
+    assert not over.wait(2)  # nothing is compiled
+    compiling.start()
+    watch.join(10)
+    done.set()
+    compiling.join()
+    assert left == [distributed.RESUMABLE]

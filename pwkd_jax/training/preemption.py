@@ -20,7 +20,7 @@ from types import FrameType
 
 from jax.experimental import multihost_utils
 
-from pwkd_jax.training import distributed
+from pwkd_jax.training import ahead, distributed
 
 
 class Preempted(Exception):
@@ -130,10 +130,12 @@ def _listen(reader: socket.socket, tell: Callable[[], None], over: threading.Eve
 
 
 def _leave_idle(number: int, over: threading.Event, begun: int) -> None:
-    """End this process where, some seconds after a signal, its main thread compiles, or has not looked since `begun` looks."""
+    """End this process where, some seconds after a signal, its main thread compiles, by `ahead` too, or has not looked since
+    `begun` looks."""
     heard = since = time.monotonic()
     while not over.wait(0.2) and not _Notice.agreed:
-        now, compiling = time.monotonic(), _compiles(sys._current_frames().get(threading.main_thread().ident))
+        now, main = time.monotonic(), threading.main_thread().ident
+        compiling = ahead.compiling() or _compiles(sys._current_frames().get(main))
         if not compiling and _Notice.looked != begun:
             since = now
         # Not for a small program between a long step and the look after it.

@@ -8,10 +8,10 @@
     shufflenet ShuffleV2, likewise
 
 Also --steps (of a round, 2; on a GPU 100 or a multiple, for training makes so many in a dispatch there), --batch (64),
---threads (0: a core each). Images of 32x32, 100 classes; the networks' parameters and multiply-accumulates must agree. Ours is
-the step that training runs (configs/cifar100.py, arm kd_standard, images drawn at random) and crops, mirrors and normalises as
-well; PyTorch is given normalised float32 images, for its DataLoader does that elsewhere. On a GPU the time to send them is
-counted.
+--threads (0: a core each), --against=CHECKOUT (this code as it was there takes turns with the two, for the rows that its
+peers.py knows). Images of 32x32, 100 classes; the networks' parameters and multiply-accumulates must agree. Ours is the step
+that training runs (configs/cifar100.py, arm kd_standard, images drawn at random) and crops, mirrors and normalises as well;
+PyTorch is given normalised float32 images, for its DataLoader does that elsewhere. On a GPU the time to send them is counted.
 
 Each side is a process of its own, and they take turns: while one runs, the other waits for a message and spins no threads, and
 each has the threads, flags and memory it has in real use, which in one process they would not. Both are held to the
@@ -30,6 +30,7 @@ import platform
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -95,41 +96,56 @@ class Ours:
         self.jax.block_until_ready((self.state, metrics))
 
 
-def work(pipe, side: str, row: str, batch: int, threads: int) -> None:
+def other(checkout: Path):
+    """peers.py of another checkout, whose pwkd_jax is the one to be imported from then on."""
+    spec = importlib.util.spec_from_file_location("other_peers", checkout / "tests" / "bench" / "peers.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def work(pipe, side: str, row: str, batch: int, threads: int, against: Path | None) -> None:
     """A side's process: says what it is, then for each n that it is sent runs n steps and says (seconds, processor seconds)."""
     if threads:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     teacher, student, compiled, dtype = ROWS[row]
-    if side == "ours":
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is for both
-        runner = Ours(batch, teacher, student, dtype)
-        known = {name: importlib.import_module(name).__version__ for name in ("jax", "jaxlib", "flax")}
-        known["jax_device"] = runner.jax.devices()[0].device_kind
-    else:
+    if side == "torch":
         import peers_torch
 
         runner = peers_torch.Runner(batch, teacher, student, WIDTHS, compiled, dtype, threads)
-        known = peers_torch.versions()
-    runner.run(2)  # compiles, and again for what only the second step settles
+        known, run = peers_torch.versions(), runner.run
+    else:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is for all
+        code = sys.modules[__name__] if side == "ours" else other(against)
+        *networks, _, dtype = code.ROWS[row]
+        runner = code.Ours(batch, *networks, dtype)
+        known = {name: importlib.import_module(name).__version__ for name in ("jax", "jaxlib", "flax")}
+        known["jax_device"] = runner.jax.devices()[0].device_kind
+        run = partial(Ours.run, runner)
+    run(2)  # compiles, and again for what only the second step settles
     pipe.send((known, runner.facts))
     while steps := pipe.recv():
         wall, cpu = time.perf_counter(), time.process_time()
-        runner.run(steps)
+        run(steps)
         pipe.send((time.perf_counter() - wall, time.process_time() - cpu))
 
 
-def measure(row: str, rounds: int, steps: int, batch: int, threads: int) -> tuple[dict, dict]:
-    """(row of the table, versions) of `rounds` rounds in which ours and PyTorch's run `steps` steps each."""
+def knows(checkout: Path, row: str) -> bool:
+    return f'"{row}": (' in (checkout / "tests" / "bench" / "peers.py").read_text()
+
+
+def measure(row: str, rounds: int, steps: int, batch: int, threads: int, against: Path | None) -> tuple[dict, dict]:
+    """(row of the table, versions) of `rounds` rounds in which ours, PyTorch's and a checkout's run `steps` steps each."""
     context, pipes, processes, facts, known = multiprocessing.get_context("spawn"), {}, [], {}, {}
-    for side in ("ours", "torch"):
+    for side in ("ours", "torch", *(("before",) if against and knows(against, row) else ())):
         pipes[side], theirs = context.Pipe()
-        processes.append(context.Process(target=work, args=(theirs, side, row, batch, threads), daemon=True))
+        processes.append(context.Process(target=work, args=(theirs, side, row, batch, threads, against), daemon=True))
         processes[-1].start()
         theirs.close()
         versions, facts[side] = pipes[side].recv()  # one compiles at a time
         known |= versions
-    if facts["ours"] != facts["torch"]:
-        raise SystemExit(f"the networks of '{row}' are not the same: ours {facts['ours']}, PyTorch's {facts['torch']}")
+    if any(found != facts["ours"] for found in facts.values()):
+        raise SystemExit(f"the networks of '{row}' are not the same: {facts}")
     times = {side: [] for side in pipes}
     for turn in range(rounds):
         for side in list(pipes)[:: -1 if turn % 2 else 1]:
@@ -138,13 +154,17 @@ def measure(row: str, rounds: int, steps: int, batch: int, threads: int) -> tupl
     for side, process in zip(pipes, processes, strict=True):
         pipes[side].send(0)
         process.join()
-    wall, cpu = ([t[i] / o[i] for o, t in zip(times["ours"], times["torch"], strict=True)] for i in (0, 1))
     found = {side: statistics.median(wall / steps for wall, _ in times[side]) for side in pipes}
-    return {"row": row, **facts["ours"], "seconds_a_step": found, "speed": spread(wall), "cpu": spread(cpu),
-            "rounds": times}, known  # fmt: skip
+    result = {"row": row, **facts["ours"], "seconds_a_step": found}
+    result |= {"speed": spread(times["torch"], times["ours"], 0), "cpu": spread(times["torch"], times["ours"], 1)}
+    if "before" in times:
+        result |= {"speed_of_before": spread(times["before"], times["ours"], 0)}
+        result |= {"speed_before": spread(times["torch"], times["before"], 0)}
+    return result | {"rounds": times}, known
 
 
-def spread(ratios: list[float]) -> dict[str, float]:
+def spread(theirs: list[tuple], ours: list[tuple], clock: int) -> dict[str, float]:
+    ratios = [t[clock] / o[clock] for o, t in zip(ours, theirs, strict=True)]
     return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
@@ -163,6 +183,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     if unknown := {*options.only.split(",")} - {*ROWS}:
@@ -170,19 +191,24 @@ def main(arguments: list[str]) -> None:
     if importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed here, so nothing was measured: pip install torch, and run this again")
         return
+    if options.against and not (options.against / "tests" / "bench" / "peers.py").exists():
+        parser.error(f"--against: {options.against} is no checkout of this repository with a tests/bench/peers.py")
     count, steps, batch, threads = options.rounds, options.steps, options.batch, options.threads
     cores = min(threads or os.cpu_count(), len(os.sched_getaffinity(0)))
     machine = {"processor": processor(), "cores": cores, "load": os.getloadavg()[0]}
     print(f"{machine['processor']}, {cores} cores, load {machine['load']:.1f}; batch {batch}, {count} rounds of {steps} steps")
-    print(f"{'row':<12}{'ours':>9}{'PyTorch':>10}   speed of ours, PyTorch's being 1       CPU")
+    last = "before, PyTorch's being 1" if options.against else ""
+    print(f"{'row':<12}{'ours':>9}{'PyTorch':>10}   {'speed, PyTorch being 1':<25}{'CPU':<25}{last}")
     rows, known = [], {}
     for row in options.only.split(","):
-        found, versions = measure(row, count, steps, batch, threads)
+        found, versions = measure(row, count, steps, batch, threads, options.against)
         rows.append(found)
         known |= versions
         ms = found["seconds_a_step"]
-        ratios = ["{median:.2f}x ({least:.2f} to {most:.2f})".format(**found[k]) for k in ("speed", "cpu")]
-        print(f"{row:<12}{1e3 * ms['ours']:>6.0f} ms{1e3 * ms['torch']:>7.0f} ms   {ratios[0]:<37}{ratios[1]}", flush=True)
+        shown = [found[key] for key in ("speed", "cpu", "speed_before") if key in found]
+        ratios = "".join("{:<25}".format("{median:.2f} ({least:.2f} to {most:.2f})".format(**ratio)) for ratio in shown)
+        digits = 0 if ms["ours"] > 0.05 else 2
+        print(f"{row:<12}{1e3 * ms['ours']:>6.{digits}f} ms{1e3 * ms['torch']:>7.{digits}f} ms   {ratios}".rstrip(), flush=True)
     print(", ".join(f"{name} {value}" for name, value in known.items()))
     if options.json:
         command = " ".join(["python tests/bench/peers.py", *arguments])
