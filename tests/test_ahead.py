@@ -94,9 +94,13 @@ def test_a_signal_while_a_later_first_step_is_compiled_is_answered_in_seconds(mo
     watch = threading.Thread(target=preemption._leave_idle, args=(signal.SIGTERM, over, preemption._Notice.looked - 1))
     compiling = threading.Thread(target=done.wait, args=(30,), name=ahead.NAME)
     watch.start()
-    assert not over.wait(2)  # nothing is compiled
-    compiling.start()
-    watch.join(10)
-    done.set()
+    try:
+        assert not over.wait(2)  # nothing is compiled
+        compiling.start()
+        watch.join(10)
+    finally:
+        done.set()
+        over.set()
+        watch.join()
     compiling.join()
     assert left == [distributed.RESUMABLE]

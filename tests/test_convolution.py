@@ -29,6 +29,8 @@ CASES = {
     "small": ((6, 2, 2, 5), (3, 3, 5, 7), (1, 1), ((1, 1), (1, 1))),
     "small strided": ((4, 2, 3, 3), (3, 3, 3, 4), (2, 1), ((1, 2), (1, 1))),
     "small after": ((4, 4, 5, 3), (3, 3, 3, 4), (2, 2), ((1, 1), (0, 1))),  # of which the gradient's images are
+    "small widened": ((3, 2, 2, 3), (2, 2, 3, 4), (1, 1), ((1, 1), (1, 1))),  # to more pixels than it has
+    "of one patch": ((4, 5, 4, 3), (5, 4, 3, 6), (1, 1), ((0, 0), (0, 0))),
     "one pixel": ((5, 1, 1, 3), (3, 3, 3, 2), (1, 1), ((1, 1), (1, 1))),
     "small cropped": ((2, 4, 2, 3), (3, 3, 3, 2), (1, 1), ((-1, 0), (2, 1))),
     "depthwise": ((3, 8, 7, 5), (3, 3, 1, 5), (1, 1), ((1, 1), (1, 1))),
@@ -82,7 +84,8 @@ def test_values_and_gradients_equal_the_definition(case, large, monkeypatch):
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max() * 3)
     program = jax.jit(lambda *a: jax.vjp(ours, *a)[1](cotangent)).lower(images, kernel).compile().as_text()
-    moved = groups == 1 and images.shape[1] * images.shape[2] >= np.prod(kernel_shape[:2]) > 1
+    slid = max(np.prod(kernel_shape[:2]), np.prod(out.shape[1:3]))
+    moved = groups == 1 and images.shape[1] * images.shape[2] >= slid and "1x1" not in case
     assert ("conditional(" in program) == (large == 0 and moved)
 
 
@@ -106,18 +109,50 @@ def test_loops_have_no_convolution_that_is_slow_there(dtype):
     assert "feature_group_count" not in program
 
 
-@pytest.mark.parametrize(("size", "strides"), ((2, 1), (1, 1), (4, 2)))
-def test_maps_smaller_than_the_kernel_are_not_exchanged_for_it(size, strides):
+@pytest.mark.parametrize(("size", "strides", "pad"), ((2, 1, 1), (1, 1, 1), (4, 2, 1), (4, 1, 2)))
+def test_maps_smaller_than_the_kernel_are_not_exchanged_for_it(size, strides, pad):
     """Of which XLA's CPU compiler makes kernels of its own, twenty times slower and more, and slow to compile."""
     images, kernel = jnp.ones((8, size, size, 4)), jnp.ones((3, 3, 4, 4))
 
     def loss(convolve, images, kernel):
         options = {"dimension_numbers": convolution.NUMBERS}
-        return jnp.sum(jnp.sin(convolve(images, kernel, (strides, strides), ((1, 1), (1, 1)), **options)))
+        return jnp.sum(jnp.sin(convolve(images, kernel, (strides, strides), ((pad, pad), (pad, pad)), **options)))
 
     texts = [jax.jit(jax.value_and_grad(partial(loss, f), (0, 1))).lower(images, kernel).compile().as_text()
              for f in (convolution.convolve, lax.conv_general_dilated)]  # fmt: skip
     assert "rhs_reversal" in texts[1] and "rhs_reversal" not in texts[0]
+
+
+def _bare(function, images, kernel, strides, padding):
+    return function(images, kernel, (strides, strides), padding, dimension_numbers=convolution.NUMBERS)
+
+
+NOTHING = (((0, 2, 2, 3), 1, "SAME"), ((0, 4, 4, 3), 2, "SAME"), ((2, 2, 2, 3), 1, "VALID"), ((2, 1, 1, 3), 2, "VALID"))
+
+
+@pytest.mark.parametrize(("images", "strides", "padding"), NOTHING)
+def test_nothing_is_left_as_xla_has_it(images, strides, padding):
+    """No images, or no pixel that a kernel fits over."""
+    images, kernel, how = jnp.ones(images), jnp.ones((3, 3, 3, 4)), {"strides": strides, "padding": padding}
+    ours, plain = (partial(_bare, f, **how) for f in (convolution.convolve, lax.conv_general_dilated))
+    out = plain(images, kernel)
+    assert ours(images, kernel).shape == out.shape and out.size == 0
+    for found, wanted in zip(*(jax.vjp(f, images, kernel)[1](out) for f in (ours, plain)), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", ("int32", "complex64", "bfloat16", "float16"))
+def test_small_maps_of_other_types_are_as_xla_has_them(dtype):
+    rng = np.random.default_rng(0)
+    images, kernel = (rng.integers(-9, 9, s).astype(np.float32) for s in ((2, 2, 2, 3), (3, 3, 3, 4)))
+    if dtype == "complex64":
+        images = images + 1j * images
+    elif dtype == "int32":
+        images = images + 2**20 + 1  # whose sums float32 does not hold
+    images, kernel = jnp.asarray(images, dtype), jnp.asarray(kernel, dtype)
+    found, wanted = (_bare(f, images, kernel, 1, ((1, 1), (1, 1))) for f in (convolution.convolve, lax.conv_general_dilated))
+    assert found.dtype == wanted.dtype
+    np.testing.assert_array_equal(np.asarray(found, np.complex128), np.asarray(wanted, np.complex128))
 
 
 def test_steps_are_compiled_for_the_faster_library():
@@ -206,7 +241,7 @@ def test_other_devices_keep_their_convolutions(groups):
 
 
 def test_preflight_reckons_with_convolutions():
-    """What it says of a card comes from a program for the CPU, whose loops XLA's count takes once."""
+    """What it says of a card comes from a program for the CPU."""
     images, layer = jnp.ones((64, 32, 32, 4)), nn.Conv(8, (3, 3), padding="VALID", use_bias=False)
     variables = layer.init(jax.random.key(0), images)
 

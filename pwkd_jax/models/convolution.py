@@ -4,9 +4,8 @@ XLA hands a convolution to Eigen, as fast as PyTorch's, where it finds [images, 
 width, in, out] with no axis out of place. The gradients are convolutions too, the images' by the kernel turned around, the
 kernel's of the images by the output's gradient, but JAX leaves their axes where they are. XLA puts them in place, but in a
 program's main computation alone: within loops and branches (several steps a dispatch, drawn widths) it is many times
-slower, which is jax issue 12868. Here they are put in place from the start. Where the images are smaller than the kernel (2x2
-pixels under 3x3) XLA exchanges the two, and what comes of that it has no library for: those are products of patches here
-(findings/cpu_small_maps_lose_eigen.sh). Depthwise convolutions are in depthwise.py.
+slower, which is jax issue 12868. Here they are put in place from the start. Depthwise convolutions are in depthwise.py, and
+those of images smaller than their kernel in small_maps.py.
 """
 
 from collections.abc import Callable
@@ -17,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pwkd_jax.models import depthwise
+from pwkd_jax.models import depthwise, small_maps
 
 LARGE = 2**20  # bytes
 NUMBERS = ("NHWC", "HWIO", "NHWC")
-ROWS = (((0,), (0,)), ((), ()))  # a product over rows, for `lax.dot_general`
 # What a convolution may be told and still be one of these.
 NEUTRAL = {"lhs_dilation": 1, "rhs_dilation": 1, "feature_group_count": 1, "batch_group_count": 1, "precision": None,
            "preferred_element_type": None}  # fmt: skip
@@ -35,7 +33,11 @@ def convolve(images: jax.Array, kernel: jax.Array, window_strides, padding, **op
         return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], window_strides, padding)
-    own = _depthwise if each else _dense if fits(images, kernel.shape) else _small
+    sides = zip(images.shape[1:3], padding, kernel.shape, window_strides, strict=False)
+    made = [(whole + sum(p) - extent) // stride + 1 for whole, p, extent, stride in sides]
+    if min(len(images), *made) < 1:  # XLA knows what is in nothing
+        return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
+    own = _depthwise if each else _small if small_maps.serves(images, kernel.shape, kernel.dtype) else _dense
     return own(images, kernel, tuple(window_strides), tuple(map(tuple, padding)))
 
 
@@ -43,41 +45,16 @@ def _plain(images, kernel, strides, padding):
     return lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=NUMBERS)
 
 
-def fits(images: jax.Array, size) -> bool:
-    """Whether images [B, H, W, C] have as many pixels as a kernel of `size` (h, w, ...), so that the two are not exchanged."""
-    return images.shape[1] * images.shape[2] >= size[0] * size[1]
-
-
-def _patches(images: jax.Array, size, strides, padding) -> jax.Array:
-    """What each pixel of the output is computed from, a row each: [B * H' * W', h * w * C]."""
-    images = depthwise.pad(images, ((*p, 0) for p in padding))
-    count, height, width, channels = images.shape
-    top, left = (np.arange(0, whole - k + 1, s) for whole, k, s in zip((height, width), size, strides, strict=True))
-    at = np.add.outer(np.add.outer(top * width, left), np.add.outer(np.arange(size[0]) * width, np.arange(size[1])))
-    found = images.reshape(count, height * width, channels).at[:, at.ravel()].get(mode="promise_in_bounds")
-    return found.reshape(count * len(top) * len(left), -1)
-
-
-def _product(images, kernel, strides, padding):
-    """The same as `_plain`."""
-    sides = zip(images.shape[1:3], padding, kernel.shape, strides, strict=False)
-    made = [(whole + sum(p) - extent) // stride + 1 for whole, p, extent, stride in sides]
-    patches = _patches(images, kernel.shape[:2], strides, padding)
-    found = lax.dot(patches, kernel.reshape(-1, kernel.shape[-1]), preferred_element_type=jnp.float32)
-    return found.reshape(-1, *made, kernel.shape[-1]).astype(images.dtype)
-
-
 def image_gradient(kernel: jax.Array, cotangent: jax.Array, size, strides, padding) -> jax.Array:
     """The output's cotangent [B, H', W', D], strides apart, convolved by the kernel [h, w, C, D] turned around: [B, H, W, C]
     of `size` (H, W). JAX has the same but for the kernel's axes, which it leaves where they are."""
+    if small_maps.serves(cotangent, kernel.shape, kernel.dtype):
+        return small_maps.image_gradient(kernel, cotangent, size, strides, padding)
     pads = []
     for whole, (low, _), stride, extent, made in zip(size, padding, strides, kernel.shape, cotangent.shape[1:], strict=False):
         before = extent - 1 - low
         pads.append((before, whole + extent - 1 - before - (1 + stride * (made - 1))))
     kernel = lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)
-    if not fits(cotangent, kernel.shape):
-        apart = depthwise.pad(cotangent, ((*p, stride - 1) for p, stride in zip(pads, strides, strict=True)))
-        return _product(apart, kernel, (1, 1), ((0, 0), (0, 0)))
     return lax.conv_general_dilated(cotangent, kernel, (1, 1), pads, lhs_dilation=strides, dimension_numbers=NUMBERS)
 
 
@@ -86,18 +63,17 @@ def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padd
     of `size` (h, w) give [h, w, C, D]. Summed in float32, returned in the images' dtype.
 
     A convolution in which channels are the images, [C, H, W, B], and the cotangent is the kernel, [H', W', B, D]; of one pixel
-    (h = w = 1), and for images smaller than the kernel, a product."""
+    (h = w = 1) a product."""
     made, pads, dtype = cotangent.shape[1:3], [], images.dtype
+    if any(small_maps.serves(images, slid, dtype) for slid in (size, made)):
+        return small_maps.kernel_gradient(images, cotangent, size, strides, padding)
     for whole, (low, _), stride, extent, count in zip(images.shape[1:3], padding, strides, size, made, strict=True):
         pads.append((low, extent + stride * (count - 1) - whole - low))
-    if not fits(images, size):
-        flat = _patches(images, size, strides, padding), cotangent.reshape(-1, cotangent.shape[-1])
-        found = lax.dot_general(*flat, ROWS, preferred_element_type=jnp.float32).reshape(*size, images.shape[-1], -1)
-    elif size == (1, 1):
+    if size == (1, 1):
         images = depthwise.pad(images, ((*p, 0) for p in pads))
         images = images[:, :: strides[0], :: strides[1]]
         flat = (x.reshape(-1, x.shape[-1]) for x in (images, cotangent))  # summed over several axes they would be transposed
-        found = lax.dot_general(*flat, ROWS, preferred_element_type=jnp.float32)[None, None]
+        found = lax.dot_general(*flat, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)[None, None]
     else:
         images, cotangent = _moved(images, cotangent)
         if min(min(pads)) < 0:
@@ -111,7 +87,7 @@ def _moved(images: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Arra
     """[B, H, W, C] as [C, H, W, B], and [B, H', W', D] as [H', W', B, D]; large ones within a branch. By themselves XLA would
     compute the arrays anew, from whatever layers it can go back to, and read all of their outputs against the order of memory;
     a branch is given the arrays as they are. An optimization barrier would not do: XLA's CPU compiler drops it first
-    (findings/cpu_barrier_stops_no_fusion.sh)."""
+    (findings/cpu_barrier_stops_no_fusion.sh). Under vmap a branch is none, and nothing is held apart."""
 
     def move(images, cotangent):
         return images.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3)
@@ -147,6 +123,6 @@ def _with(plain: Callable, forward: Callable, by_images: Callable, by_kernel: Ca
 
 
 _dense = _with(_plain, _plain, image_gradient, kernel_gradient)
-_small = _with(_plain, _product, image_gradient, kernel_gradient)
+_small = _with(_plain, small_maps.forward, image_gradient, kernel_gradient)
 _depthwise = _with(depthwise.plain, depthwise.forward, depthwise.image_gradient, depthwise.kernel_gradient)
 

@@ -87,7 +87,8 @@ def creator(mesh: Mesh, make: Callable, how: str, *like, layout: Callable | None
     shapes = jax.eval_shape(lambda *like: like, *like)
     made = jax.jit(make).eval_shape(*abstract(shapes, shardings(mesh, shapes, how)))  # a trace that the call finds again
     layout = layout(made) if layout else shardings(mesh, made, how)
-    # This runs once, so that what LLVM's higher levels would save is less than they take (tests/bench/start.py).
+    # This runs once, so that what LLVM's higher levels would save is less than they take (tests/bench/start.py). The lowest
+    # fuses no product and sum, so that weights may be a rounding apart from those of `jax.jit(model.init)`.
     sooner = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     compiled = jax.jit(make, out_shardings=layout, compiler_options=sooner)
 

@@ -158,7 +158,7 @@ def measure(row: str, rounds: int, steps: int, batch: int, threads: int, against
     result = {"row": row, **facts["ours"], "seconds_a_step": found}
     result |= {"speed": spread(times["torch"], times["ours"], 0), "cpu": spread(times["torch"], times["ours"], 1)}
     if "before" in times:
-        result |= {"speed_of_before": spread(times["before"], times["ours"], 0)}
+        result |= {"speed_over_before": spread(times["before"], times["ours"], 0)}
         result |= {"speed_before": spread(times["torch"], times["before"], 0)}
     return result | {"rounds": times}, known
 
