@@ -33,7 +33,7 @@ rm -f "$file"
 set -- tests/bench/peers.py --only=eager,autocast,slimmable --rounds="$rounds" --steps="$steps" \
     ${against:+--against="$against"} --json="$file"
 say "$@"
-"$python" "$@" || true
+"$python" "$@" || failed=1
 measured "$file"
 
 echo "aim: 40 % of the card's arithmetic (use), at 256 images and more"
@@ -43,7 +43,7 @@ for batch in $batches; do
         --json --config.arms=alone,kd_standard --config.dtype=bfloat16 --config.teacher.batch_size="$batch" \
         --config.student.batch_size="$batch"
     say "$@"
-    "$python" "$@" | tee "$file" || true
+    "$python" "$@" | tee "$file" || failed=1
     measured "$file"
 done
 
@@ -53,6 +53,6 @@ rm -f "$file"
 # shellcheck disable=SC2086  # several words
 set -- tests/bench/study.py $study --rounds="$rounds" --json="$file"
 say "$@"
-"$python" "$@" || true
+"$python" "$@" || failed=1
 measured "$file"
 exit $failed

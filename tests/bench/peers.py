@@ -209,11 +209,12 @@ def main(arguments: list[str]) -> None:
         ratios = "".join("{:<25}".format("{median:.2f} ({least:.2f} to {most:.2f})".format(**ratio)) for ratio in shown)
         digits = 0 if ms["ours"] > 0.05 else 2
         print(f"{row:<12}{1e3 * ms['ours']:>6.{digits}f} ms{1e3 * ms['torch']:>7.{digits}f} ms   {ratios}".rstrip(), flush=True)
+        if options.json:  # of every row, for the next may fail
+            command = " ".join(["python tests/bench/peers.py", *arguments])
+            after = machine | {"load_after": os.getloadavg()[0]}
+            result = {"machine": after, "versions": known, "command": command, "rows": rows}
+            options.json.write_text(json.dumps(result, indent=2) + "\n")
     print(", ".join(f"{name} {value}" for name, value in known.items()))
-    if options.json:
-        command = " ".join(["python tests/bench/peers.py", *arguments])
-        result = {"machine": machine | {"load_after": os.getloadavg()[0]}, "versions": known, "command": command, "rows": rows}
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

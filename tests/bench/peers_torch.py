@@ -157,7 +157,7 @@ class Runner:
             images = images.contiguous(memory_format=torch.channels_last)
         with self.autocast:
             with torch.no_grad():
-                taught = self.teach(images) if self.teach else None
+                taught = self.teach(images) if self.teach is not None else None
             logits = self.forward(images).float()
         loss = F.cross_entropy(logits, labels) if taught is None else kd_loss(logits, taught.float(), labels)
         if not self.compiled:
