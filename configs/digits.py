@@ -5,7 +5,7 @@
 Two and a half minutes on two threads of an AMD EPYC, installing included (jax 0.10.2). There it gave, last epoch, top-1 in
 percent: the teacher 96.83, 98.66, 99.33 and 99.50 at widths 0.25 to 1; students over 3 seeds alone 94.10 +- 0.42, kd_whole
 94.38 +- 1.09, kd_whole_cyclic 94.99 +- 0.73, pwkd 93.99 +- 1.20: of partial to whole it tells nothing (-1.00 points, 95 %
-interval -2.90 to +0.90; with a convolution that rounded otherwise it was +0.11, -2.65 to +2.87).
+interval -2.90 to +0.90).
 Other processors round differently and give other digits. The peak learning rate is the one of 0.03 and 0.1 at which `alone`
 is better (90.54 and 93.82 on two threads of a Xeon).
 """

@@ -51,7 +51,8 @@ def kernel_gradient(images: jax.Array, cotangent: jax.Array, size, strides, padd
 
 
 def _patches(images: jax.Array, size, strides, padding) -> tuple[jax.Array, tuple[int, int]]:
-    """(what each pixel of the output is computed from, a row each: [B * H' * W', h * w * C]; (H', W'))."""
+    """(what each pixel of the output is computed from, a row each: [B * H' * W', h * w * C]; (H', W')). What JAX has for it,
+    `lax.conv_general_dilated_patches`, is a convolution itself."""
     images = depthwise.pad(images, ((*p, 0) for p in padding))
     count, height, width, channels = images.shape
     top, left = (np.arange(0, whole - k + 1, s) for whole, k, s in zip((height, width), size, strides, strict=True))

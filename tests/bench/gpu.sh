@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# What can be measured on a GPU alone, in some ten minutes: bash tests/bench/gpu.sh [CHECKOUT of commit 99093c7] [FOLDER]
+# What can be measured on a GPU alone: bash tests/bench/gpu.sh [CHECKOUT of commit 99093c7] [FOLDER]
 #
+# Meant to take ten minutes there; so far it was run on a CPU alone.
 # The steps beside PyTorch's (and the checkout's), how full the card is at a batch of 256 and 1024, and a study beside its runs;
 # with each, what is aimed at. Needs the GPU builds of jax and torch. JSON of each goes to FOLDER, tests/bench/results by default.
-# PYTHON names the interpreter, and ROUNDS, STEPS and BATCHES what they say; for a trial without a card,
-# ROUNDS=1 STEPS=1 BATCHES=8 STUDY="--teacher=resnet8 --student=resnet8 --seeds=1 --count".
+# PYTHON names the interpreter, STUDY gives the options of study.py, and ROUNDS, STEPS and BATCHES are what they say; for a trial
+# without a card, ROUNDS=1 STEPS=1 BATCHES=8 STUDY="--teacher=resnet8 --student=resnet8 --seeds=1 --count".
 set -euo pipefail
 here=$(realpath "$(dirname "$0")/../..")
 against=${1:+$(realpath "$1")} out=$(realpath -m "${2:-$here/tests/bench/results}") python=$(command -v "${PYTHON:-python}")
